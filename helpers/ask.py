@@ -1,0 +1,94 @@
+"""`python -m helpers.ask "How many flights left JFK in July?"`: asks the model, runs its SQL safely, prints both.
+
+--stage base|sft picks the model before or after training; --jsonl reads one question a line from standard input and
+writes one JSON object a line: question, sql, columns, rows, error.
+"""
+
+import argparse
+import json
+import sys
+
+from helpers.runtime import CourseError, setup
+
+MAX_QUESTION = 500  # characters
+
+
+class Asker:
+    """A loaded model and a worker process for its SQL. `stage`: base (the model as it comes) or sft (trained)."""
+
+    def __init__(self, stage: str = "sft"):
+        from helpers import flights, models, recipes, sql
+
+        setup()
+        self.system = flights.SYSTEM_PROMPT if stage == "sft" else flights.SCHEMA_PROMPT
+        self.tokenizer = models.load_tokenizer()
+        if stage == "sft":
+            self.model = recipes.load_adapter(recipes.sft_adapter())
+        else:
+            self.model = models.load_model()
+        self.worker = sql.Worker(flights.database_path())
+
+    def answer(self, question: str) -> dict:
+        """{"question", "sql", "columns", "rows", "error"}: error is None or one sentence."""
+        from helpers import flights, scoring, sql
+
+        reply = {"question": question, "sql": "", "columns": [], "rows": [], "error": None}
+        if not question.strip():
+            return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
+        if len(question) > MAX_QUESTION:
+            return reply | {"error": f"The question has {len(question):,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
+        text = scoring.generate(self.model, self.tokenizer, [flights.chat(question, self.system)])[0]
+        reply["sql"] = scoring.extract_sql(text)
+        if not reply["sql"]:
+            return reply | {"error": flights.REFUSAL if flights.REFUSAL[:-1] in text else "The model wrote no query; try other words."}
+        try:
+            result = self.worker.run(reply["sql"])
+        except sql.SqlError as error:
+            return reply | {"error": str(error)}
+        return reply | {"columns": result.columns, "rows": [list(row) for row in result.rows]}
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+def show(reply: dict, limit: int = 20) -> str:
+    """The reply as a person reads it: the SQL, then the rows or the error."""
+    lines = [reply["sql"]] if reply["sql"] else []
+    if reply["error"]:
+        return "\n".join([*lines, reply["error"]])
+    cells = [list(map(str, reply["columns"]))] + [["" if v is None else str(v) for v in row] for row in reply["rows"][:limit]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines += ["  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    if len(reply["rows"]) > limit:
+        lines.append(f"… {len(reply['rows']) - limit} more rows")
+    return "\n".join(lines)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m helpers.ask", description=__doc__.splitlines()[0])
+    parser.add_argument("question", nargs="?", help="a question in plain English")
+    parser.add_argument("--stage", choices=["base", "sft"], default="sft", help="the model before or after training (sft trains it if need be)")
+    parser.add_argument("--jsonl", action="store_true", help="one question a line from standard input, one JSON object a line out")
+    chosen = parser.parse_args(arguments)
+    if not chosen.jsonl and not chosen.question:
+        parser.error("give a question in quotes, or --jsonl with questions on standard input")
+    try:
+        asker = Asker(chosen.stage)
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 1
+    try:
+        if not chosen.jsonl:
+            reply = asker.answer(chosen.question)
+            print(show(reply))
+            return 1 if reply["error"] else 0
+        for raw in sys.stdin.buffer:
+            question = raw.decode("utf-8", errors="replace").rstrip("\r\n")
+            print(json.dumps(asker.answer(question), ensure_ascii=False), flush=True)
+    finally:
+        asker.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Runs the course: `python -m helpers.course run|refresh|test|alone|lock`, called by the Makefile."""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from helpers.runtime import ROOT, CourseError, runs_dir
+
+NOTEBOOKS = ROOT / "notebooks"
+CORE = ("00_start_here", "03_sft_with_trl")  # 01, 02 and 04 join with their parts
+
+
+def clean_outputs(notebook) -> None:
+    """Leaves in stored outputs only what a reader needs: no widget debris, no machine-dependent metadata."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+
+
+def execute(name: str, target: Path | None = None) -> float:
+    """Executes a notebook from a fresh kernel with a live line a cell; saves it to `target` (None: in place). Seconds."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    cells = sum(c.cell_type == "code" for c in notebook.cells)
+    start, done = time.perf_counter(), 0
+
+    def show(ending=""):
+        gone = time.perf_counter() - start
+        line = f"{name}  cell {done}/{cells}  {int(gone // 60)}:{int(gone % 60):02d}{ending}"
+        print(f"\r{line}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() and not ending else "\n", flush=True)
+
+    def on_cell(cell, cell_index, **_):
+        nonlocal done
+        if cell.cell_type == "code":
+            done += 1
+            show()
+
+    os.environ["COURSE_PROGRESS"] = "0"  # bars are for people; a stored notebook keeps none
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}, on_cell_start=on_cell)
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        failed = runs_dir() / "notebooks" / f"{name}.failed.ipynb"
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, failed)
+        raise CourseError(f"{name} stopped in cell {done} of {cells} ({failed.name} under runs/notebooks/ has the rest): {str(error)[-1500:]}") from None
+    clean_outputs(notebook)
+    target = target or NOTEBOOKS / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    nbformat.write(notebook, part)
+    os.replace(part, target)
+    show("  done")
+    return time.perf_counter() - start
+
+
+def prepare() -> None:
+    """Makes model and databases in the cache if they aren't there, saying what takes how long."""
+    from helpers import flights, models
+
+    for what, make in {"course model": models.model_path, "database": flights.database_path, "test instances": flights.perturbed_paths}.items():
+        start = time.perf_counter()
+        print(f"preparing the {what} … ", end="", flush=True)
+        make()
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+def exam() -> None:
+    """The final exam: the main run, live, on all of test and the final half of freeform."""
+    from helpers import flights, models, recipes, scoreboard, scoring
+
+    recipe = recipes.SFTRecipe()
+    model, tokenizer = recipes.load_adapter(recipes.sft_adapter(recipe), recipe.bits), models.load_tokenizer()
+    for split, questions in {"test": flights.load_questions("test"), "freeform": flights.load_questions("freeform", "final")}.items():
+        done = next((r for r in scoreboard.rows() if (r["stage"], r["split"], r["source"]) == ("sft", split, "live")), None)
+        if not done:
+            print(f"exam: sft on {split} ({len(questions)} questions) … ", end="", flush=True)
+            answers, seconds = scoring.ask(model, tokenizer, questions)
+            result = scoreboard.record("sft", split, scoring.execution_accuracy(answers, questions), seconds, recipe.seed)
+            print(f"{result['accuracy']:.0%} in {seconds:.0f} s", flush=True)
+
+
+def run(fresh: bool) -> None:
+    from helpers import recipes, runtime, scoreboard
+
+    start = time.perf_counter()
+    if fresh:
+        shutil.rmtree(runs_dir())
+    print(f"running on {runtime.setup().name}: {runtime.device().why}")
+    prepare()
+    adapter = recipes.SFTRecipe().folder() / "adapter" / "adapter_config.json"
+    if not adapter.exists():  # another recipe's or no adapter: its scores would be stale
+        scoreboard.scoreboard_path().unlink(missing_ok=True)
+    for name in CORE:
+        execute(name, runs_dir() / "notebooks" / f"{name}.ipynb")
+    exam()
+    for recorded in scoreboard.recorded_rows():
+        scoreboard.add(recorded)
+    print("\n" + scoreboard.table().to_string(index=False))
+    print(f"\n{scoreboard.scoreboard_path().name} is in {runs_dir().name}/; {(time.perf_counter() - start) / 60:.1f} minutes in all")
+
+
+def refresh(names: list[str]) -> None:
+    prepare()
+    for name in names or all_notebooks():
+        execute(name)
+
+
+def all_notebooks() -> list[str]:
+    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+
+
+def test(arguments: list[str]) -> int:
+    """Unit tests with line coverage of helpers, then nbval (lax) over every notebook, in order, in one fresh runs folder."""
+    environment = os.environ | {"COURSE_PROGRESS": "0"}
+    pytest = [sys.executable, "-m", "pytest"]
+    units = [*pytest, "tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments]
+    code = subprocess.run(units, cwd=ROOT, env=environment).returncode
+    return code or nbval(all_notebooks(), environment)
+
+
+def nbval(names: list[str], environment: dict) -> int:
+    """Runs notebooks under nbval with an empty runs folder of their own, so that the main runs are live."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(NOTEBOOKS / f"{name}.ipynb") for name in names]
+        command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=3600", "--durations=10", "-p", "no:cacheprovider", *paths]
+        return subprocess.run(command, cwd=ROOT, env=environment | {"COURSE_RUNS": folder}).returncode
+
+
+def alone() -> int:
+    """Each notebook by itself, with an empty runs folder."""
+    return max(nbval([name], os.environ | {"COURSE_PROGRESS": "0"}) for name in all_notebooks())
+
+
+def lock() -> None:
+    """Writes constraints.txt: what is installed here, without local version tags and without the course itself."""
+    frozen = subprocess.run([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture_output=True, text=True, check=True).stdout
+    lines = [re.sub(r"\+\w+$", "", line) for line in frozen.splitlines() if re.fullmatch(r"[\w.\-]+==[\w.+!]+", line)]
+    head = "# The exact versions the course was last tested with (make lock). Ranges are in pyproject.toml.\n"
+    (ROOT / "constraints.txt").write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m helpers.course", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run").add_argument("--fresh", action="store_true")
+    commands.add_parser("refresh").add_argument("names", nargs="*")
+    commands.add_parser("test").add_argument("arguments", nargs="*")
+    commands.add_parser("alone")
+    commands.add_parser("lock")
+    chosen = parser.parse_args()
+    try:
+        match chosen.command:
+            case "run":
+                run(chosen.fresh)
+            case "refresh":
+                refresh(chosen.names)
+            case "test":
+                return test(chosen.arguments)
+            case "alone":
+                return alone()
+            case "lock":
+                lock()
+    except CourseError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What was finished is kept: run the same command to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""`python -m helpers.doctor`: is this machine ready for the course? One plain verdict at the end."""
+
+import platform
+import shutil
+import sys
+import time
+
+from helpers.runtime import CourseError, cache_dir, device, memory_gb, setup
+
+
+def check_python() -> str:
+    if sys.version_info < (3, 11):
+        raise CourseError(f"Python {platform.python_version()} is too old: install 3.11, 3.12 or 3.13.")
+    return platform.python_version()
+
+
+def check_disk(need_gb: float = 2.0) -> str:
+    free = shutil.disk_usage(cache_dir()).free / 1e9
+    if free < need_gb:
+        raise CourseError(f"{free:.1f} GB free, {need_gb:.0f} GB needed: free some disk, or set COURSE_CACHE to a larger one.")
+    return f"{free:.0f} GB free"
+
+
+def check_memory(need_gb: float = 4.0) -> str:
+    total = memory_gb()
+    if total < need_gb:
+        raise CourseError(f"{total:.1f} GB of memory, about {need_gb:.0f} GB needed: use Colab's free T4 instead.")
+    return f"{total:.0f} GB"
+
+
+def check_device() -> str:
+    where = setup()
+    return f"{where.kind} ({where.name}), {where.dtype_name}: {where.why}"
+
+
+def check_model() -> str:
+    from helpers.models import COURSE_MODEL, LICENSE, model_path
+
+    start = time.perf_counter()
+    model_path()
+    return f"{COURSE_MODEL} ({LICENSE}), verified in {time.perf_counter() - start:.0f} s"
+
+
+def check_database() -> str:
+    import contextlib
+
+    from helpers import flights, sql
+
+    flights.perturbed_paths()
+    with contextlib.closing(sql.connect(flights.database_path())) as connection:
+        (count,) = sql.execute(connection, "SELECT COUNT(*) FROM flights").rows[0]
+    if count != 336_776:
+        raise CourseError(f"the database has {count:,} flights, not 336,776: delete the cache folder's flights-*.db and run again.")
+    return f"{count:,} flights"
+
+
+def check_training(seconds: float = 10.0) -> str:
+    """Real steps of the course's recipe for about ten seconds: tokens a second, and how long the main run would take."""
+    import tempfile
+    from pathlib import Path
+
+    from transformers import TrainerCallback
+
+    from helpers import recipes
+    from helpers.models import load_model, load_tokenizer
+
+    class Clock(TrainerCallback):
+        marks: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.marks.append(time.perf_counter())
+            control.should_training_stop = self.marks[-1] - self.marks[0] > seconds
+
+    recipe = recipes.SFTRecipe()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = recipes.make_trainer(recipe, load_model(recipe.bits), load_tokenizer(), folder=Path(folder), save_strategy="no")
+        trainer.add_callback(clock := Clock())
+        recipes.fit(trainer, resume=False)
+    step = (clock.marks[-1] - clock.marks[0]) / max(len(clock.marks) - 1, 1)
+    return f"{step:.2f} s a step of {recipe.batch_size} examples; the main run would take about {step * recipe.steps / 60:.0f} minutes"
+
+
+CHECKS = {
+    "Python": check_python,
+    "disk": check_disk,
+    "memory": check_memory,
+    "device": check_device,
+    "model": check_model,
+    "database": check_database,
+    "training": check_training,
+}
+
+
+def main(checks=None) -> int:
+    failed = []
+    for name, check in (CHECKS if checks is None else checks).items():
+        print(f"{name:9} ", end="", flush=True)
+        try:
+            print(check(), flush=True)
+        except CourseError as error:
+            failed.append(name)
+            print(f"PROBLEM: {error}", flush=True)
+        except Exception as error:  # whatever is broken, the learner gets a sentence and the other checks
+            failed.append(name)
+            print(f"PROBLEM: {type(error).__name__}: {error}", flush=True)
+    print(f"\nNot ready: mend {', '.join(failed)} first." if failed else "\nReady: this machine can run the course.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

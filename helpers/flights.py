@@ -1,0 +1,235 @@
+"""The flights database, the questions asked of it, and the prompts that carry them to the model."""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import re
+import sqlite3
+from pathlib import Path
+
+from helpers.runtime import DATA, CourseError, building, cache_dir
+
+QUESTIONS = DATA / "questions"
+SPLITS = ("train", "validation", "test", "freeform", "unanswerable", "near_miss")
+REFUSAL = "The flights data can't answer that."  # the one fixed form of a refusal
+SYSTEM_PROMPT = "Answer with SQL."  # training moves the schema into the weights, so the prompt can be short
+MAX_LINE_BYTES = 1_000_000
+
+SCHEMA_PROMPT = f"""\
+You turn questions about flights into one SQLite query. Answer with the query only.
+Table flights: every flight that left New York City in 2013. Columns:
+year, month (1-12), day, hour (0-23, of scheduled departure), minute,
+dep_time, dep_delay (minutes, negative = early, NULL = cancelled), arr_time, arr_delay (minutes),
+carrier (code, 'DL'), airline (full name, 'Delta Air Lines Inc.'), flight (number), tailnum,
+origin ('JFK', 'EWR' = Newark, 'LGA' = LaGuardia), dest (airport code, 'LAX'), dest_city ('Los Angeles'),
+air_time (minutes), distance (miles).
+On time means a delay <= 0; cancelled means dep_time IS NULL; match an airline's name with LIKE 'Delta%'.
+If the table can't answer, reply exactly: {REFUSAL}"""
+
+
+# ---------------------------------------------------------------- the database
+
+
+@functools.cache
+def _version() -> str:
+    """Eight hex digits that change when the data does, so that a cached database is never stale."""
+    digest = hashlib.sha256()
+    for name in ("flights", "airports"):
+        digest.update((DATA / "nycflights" / f"{name}.parquet").read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def database_path() -> Path:
+    """The SQLite file (31 MB): every flight out of New York in 2013, built from Parquet on first use in a few seconds."""
+    return _built(f"flights-{_version()}.db", lambda flights: flights)
+
+
+def perturbed_paths() -> list[Path]:
+    """Two small instances (30,000 flights each) on which a query that is right only by luck gives itself away.
+
+    Rows are resampled with replacement, columns that belong together are shuffled against the others, and measured
+    values stretched so that extremes move (see `perturb`), as test suites for text-to-SQL do (Zhong et al.
+    2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites"). Deterministic.
+    """
+    recipe = hashlib.sha256((inspect.getsource(perturb) + repr(BLOCKS)).encode()).hexdigest()[:4]
+    return [_built(f"flights-{_version()}-{recipe}-{seed}.db", functools.partial(perturb, seed=seed)) for seed in (1, 2)]
+
+
+# Columns of one block stay together, so that equal ways to ask (carrier = 'DL', airline LIKE 'Delta%') stay equal.
+BLOCKS = (
+    ("month", "day"),
+    ("hour", "minute", "sched_dep_time"),
+    ("carrier", "airline", "flight", "tailnum"),
+    ("origin",),
+    ("dest", "dest_city", "distance"),
+    ("dep_time", "dep_delay", "arr_time", "sched_arr_time", "arr_delay", "air_time"),
+)
+
+
+def perturb(flights, seed: int, rows: int = 30_000):
+    """A resampled copy of the flights frame: each block permuted by its own permutation, measured values stretched.
+
+    Delays, air time and distance are multiplied by factors that depend on origin, carrier, month, hour and destination;
+    in the second instance the factors' order is reversed. So the longest flight of all can't be JFK's in both, and a
+    query that forgets the filter is found out.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    sample = flights.iloc[rng.integers(0, len(flights), rows)].reset_index(drop=True)
+    for block in BLOCKS:
+        order = rng.permutation(rows)
+        for column in block:
+            sample[column] = sample[column].iloc[order].array
+    stretch = rng.uniform(0.98, 1.02, rows)
+    for column in ("origin", "carrier", "month", "hour", "dest"):
+        kinds = sorted(flights[column].unique())
+        factors = np.random.default_rng(0).permutation(np.linspace(0.8, 1.25, len(kinds)))
+        stretch *= sample[column].map(dict(zip(kinds, factors if seed % 2 else 1 / factors, strict=True))).to_numpy(float)
+    for column in ("dep_delay", "arr_delay", "air_time", "distance"):
+        sample[column] = (sample[column].astype("Float64") * stretch).round().astype("Int64")
+    return sample
+
+
+@functools.cache
+def _built(name: str, change) -> Path:
+    target = cache_dir() / name
+    with building(target, need_bytes=150_000_000) as scratch:
+        if scratch is not None:
+            import pandas as pd
+
+            frames = {n: pd.read_parquet(DATA / "nycflights" / f"{n}.parquet") for n in ("flights", "airports")}
+            frames["flights"] = change(frames["flights"])
+            with contextlib.closing(sqlite3.connect(scratch)) as connection:
+                for table, frame in frames.items():
+                    frame.to_sql(table, connection, index=False)
+                connection.commit()
+    return target
+
+
+# ---------------------------------------------------------------- the questions
+
+
+def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False) -> list[dict]:
+    """Reads JSON Lines whole or not at all: every problem is listed with file, line, field and remedy (CourseError).
+
+    Each line is an object; the `required` fields are non-empty strings; no question may appear twice with different
+    answers or at all (leading and trailing spaces and case aside). CRLF line ends and a byte-order mark, which Windows
+    editors write, are read as if they weren't there. With `check_sql`, each `sql` is run, read-only.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise CourseError(f"Can't read {path.name}: {error.strerror}. Check the path; the file needs one JSON object a line.") from None
+    rows, problems, seen = [], [], {}
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
+        row, problem = _parse_line(raw, required)
+        if row is not None and (key := row.get("question", "").strip().lower()):
+            if key in seen:
+                problem = f"field 'question': the same question as line {seen[key]}; remove one of them"
+            seen.setdefault(key, number)
+        if problem:
+            problems.append(f"line {number}: {problem}")
+        else:
+            rows.append(row | {"line": number} if check_sql else row)
+    if not problems and not rows:
+        problems.append("line 1: no rows; write one JSON object a line, with the fields " + ", ".join(required))
+    if check_sql and not problems:
+        problems = _sql_problems(rows)
+    if problems:
+        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CourseError(f"{path.name} was not loaded, nothing of it:\n  " + "\n  ".join(problems[:10]) + more)
+    return [{k: v for k, v in row.items() if k != "line"} for row in rows]
+
+
+def _parse_line(raw: bytes, required) -> tuple[dict | None, str | None]:
+    if len(raw) > MAX_LINE_BYTES:
+        return None, f"{len(raw):,} bytes long (limit {MAX_LINE_BYTES:,}); is a line end missing?"
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return None, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
+    except ValueError as error:
+        return None, f"not JSON ({error}); check quotes, commas and braces"
+    if not isinstance(row, dict):
+        return None, 'not an object; write {"question": "…", "sql": "…"}'
+    for field in required:
+        if field not in row:
+            return None, f"field {field!r} is missing; add it"
+        if not isinstance(row[field], str):
+            return None, f"field {field!r} is {type(row[field]).__name__}, not text; put it in double quotes"
+        if not row[field].strip():
+            return None, f"field {field!r} is empty; fill it in or remove the line"
+    return row, None
+
+
+def _sql_problems(rows: list[dict]) -> list[str]:
+    from helpers import sql
+
+    problems = []
+    with contextlib.closing(sql.connect(database_path())) as connection:
+        for row in rows:
+            if row["sql"] == REFUSAL:
+                continue
+            try:
+                sql.execute(connection, row["sql"])
+            except sql.SqlError as error:
+                problems.append(f"line {row['line']}: field 'sql' doesn't run: {error}")
+    return problems
+
+
+def load_questions(split: str | Path, half: str | None = None):
+    """A split by name (`train`, `validation`, `test`, `freeform`, `unanswerable`, `near_miss`) or your own JSON Lines file.
+
+    Returns a `datasets.Dataset` with at least the columns question and sql. `half` keeps "development" or "final".
+    """
+    from datasets import Dataset
+
+    name = str(split)
+    rows = read_jsonl(QUESTIONS / f"{name}.jsonl" if name in SPLITS else split, check_sql=name not in SPLITS)
+    if half:
+        rows = [row for row in rows if row["half"] == half]
+    return Dataset.from_list(rows)
+
+
+def subset(questions, n: int = 100, seed: int = 0):
+    """A fixed sample of n questions, as even over the intents as it goes (every notebook scores on the same one)."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    queues: dict[str, list[int]] = {}
+    for i in rng.permutation(len(questions)):
+        queues.setdefault(questions[int(i)]["intent"], []).append(int(i))
+    chosen: list[int] = []
+    while len(chosen) < min(n, len(questions)):
+        for intent in sorted(queues):
+            if queues[intent]:
+                chosen.append(queues[intent].pop())
+    return questions.select(sorted(chosen[:n]))
+
+
+def ngrams(question: str, n: int = 3) -> set[tuple[str, ...]]:
+    """The word n-grams of a question, lower-cased, punctuation dropped."""
+    words = re.findall(r"[a-z0-9']+", question.lower())
+    return set(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+# ---------------------------------------------------------------- the prompts
+
+
+def chat(question: str, system: str = SYSTEM_PROMPT, shots=()) -> list[dict]:
+    """The conversation that asks `question`: a system prompt, then `shots` (rows with question and sql), then it."""
+    messages = [{"role": "system", "content": system}]
+    for shot in shots:
+        messages += [{"role": "user", "content": shot["question"]}, {"role": "assistant", "content": shot["sql"]}]
+    return messages + [{"role": "user", "content": question}]
+
+
+def prompt_completion(row: dict) -> dict:
+    """One training example in TRL's conversational prompt/completion form."""
+    return {"prompt": chat(row["question"]), "completion": [{"role": "assistant", "content": row["sql"]}]}

@@ -1,0 +1,305 @@
+"""One definition of each training run, used by notebook, catch-up, sweep, benchmark and test alike."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import flights
+from helpers.models import COURSE_MODEL, load_model, load_tokenizer
+from helpers.runtime import CourseError, building, device, runs_dir, seed_everything
+
+
+@dataclass(frozen=True)
+class SFTRecipe:
+    """Everything that decides an SFT run's result, but for the machine. Times are for 2 CPU cores with fast bfloat16."""
+
+    bits: int = 4  # NF4 base weights; adapters are float32 on every profile
+    rank: int = 16  # LoRA r
+    alpha: int = 32  # LoRA scale is alpha / r
+    target_modules: str = "all-linear"
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    steps: int = 280
+    warmup_steps: int = 15
+    scheduler: str = "cosine"
+    max_grad_norm: float = 1.0
+    max_length: int = 256  # tokens; the longest training example has about half
+    seed: int = 0
+    examples: int | None = None  # train on this many examples only (None: all)
+    phrasings: int | None = None  # and on this many phrasings an intent (None: all)
+
+    def key(self) -> str:
+        """Ten hex digits that change when the recipe, the training data, the prompt or the model does."""
+        parts = [dataclasses.asdict(self), flights.SYSTEM_PROMPT, flights.REFUSAL, COURSE_MODEL]
+        data = hashlib.sha256((flights.QUESTIONS / "train.jsonl").read_bytes()).hexdigest()
+        return hashlib.sha256(json.dumps([parts, data], sort_keys=True).encode()).hexdigest()[:10]
+
+    def folder(self) -> Path:
+        return runs_dir() / f"sft-{self.key()}"
+
+
+def training_rows(recipe: SFTRecipe, rows=None) -> list[dict]:
+    """The rows that the recipe trains on, chosen by its seed: some phrasings of each intent, then some examples."""
+    rows = list(flights.load_questions("train") if rows is None else rows)
+    rng = random.Random(recipe.seed)
+    if recipe.phrasings:
+        by_intent: dict[str, list[str]] = {}
+        for row in rows:
+            names = by_intent.setdefault(row["intent"], [])
+            if row["phrasing"] not in names:
+                names.append(row["phrasing"])
+        kept = {name for names in by_intent.values() for name in rng.sample(names, min(recipe.phrasings, len(names)))}
+        rows = [row for row in rows if row["phrasing"] in kept]
+    if recipe.examples and recipe.examples < len(rows):
+        rows = rng.sample(rows, recipe.examples)
+    return rows
+
+
+def training_set(rows):
+    """Rows with question and sql, in TRL's conversational prompt/completion form, as a `datasets.Dataset`."""
+    from datasets import Dataset
+
+    return Dataset.from_list([flights.prompt_completion(row) for row in rows])
+
+
+def lora_config(recipe: SFTRecipe):
+    """PEFT's LoRA settings for the recipe (Hu et al. 2021)."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules=recipe.target_modules, task_type="CAUSAL_LM")
+
+
+def sft_config(recipe: SFTRecipe, folder: Path, **changes):
+    """TRL's settings for the recipe on this machine."""
+    from trl import SFTConfig
+
+    where = device()
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.scheduler,
+        "warmup_steps": recipe.warmup_steps,
+        "max_grad_norm": recipe.max_grad_norm,
+        "max_length": recipe.max_length,
+        "train_sampling_strategy": "group_by_length",  # batches of like length: little padding
+        "gradient_checkpointing": False,  # a small model: memory is there, time isn't
+        "bf16": where.dtype_name == "bfloat16",
+        "fp16": where.dtype_name == "float16",
+        "use_cpu": where.kind == "cpu",
+        "save_steps": 50,
+    }
+    return SFTConfig(**settings | housekeeping(recipe) | changes)
+
+
+def housekeeping(recipe: SFTRecipe) -> dict:
+    """The settings that don't decide what is learnt."""
+    return {
+        "seed": recipe.seed,
+        "logging_steps": 10,
+        "save_total_limit": 1,  # checkpoints kept
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device().kind == "cuda",
+    }
+
+
+def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | None = None, **changes):
+    """TRL's SFTTrainer for the recipe, over `model`, with float32 adapters and what makes it quick on a CPU."""
+    from trl import SFTTrainer
+
+    seed_everything(recipe.seed)
+    on_cpu = device().kind == "cpu"
+    if on_cpu:
+        model.set_attn_implementation("eager")  # torch's fused attention is slower than plain matmuls here: short, masked rows
+    with quiet_datasets():
+        trainer = (cpu_trainer_class() if on_cpu else SFTTrainer)(
+            model=model,
+            args=sft_config(recipe, folder or recipe.folder(), **changes),
+            train_dataset=training_set(training_rows(recipe, rows)),
+            processing_class=tokenizer,
+            peft_config=None if hasattr(model, "peft_config") else lora_config(recipe),
+        )
+    restore_float32(trainer.model)
+    return trainer
+
+
+@contextlib.contextmanager
+def quiet_datasets():
+    """No progress bars from `datasets` while a trainer tokenizes."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def trainable_state(model) -> dict:
+    """A float32 copy of the trainable parameters by name, to be put back by `restore_float32`."""
+    return {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore_float32(model, state: dict | None = None) -> None:
+    """Undoes TRL's cast of a quantized model's trainable parameters to bfloat16, values included where `state` has them.
+
+    TRL 1.16 casts them when a trainer is built: a T4's gradient scaler then fails, and an adapter that was trained
+    before is rounded. A fresh adapter needs no `state`: its B is 0 and its A was drawn at random anyway.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = (state[name].to(parameter.device) if state and name in state else parameter.data).float()
+
+
+def cpu_trainer_class():
+    """SFTTrainer with the same loss computed more cheaply on a CPU (a test holds the two equal).
+
+    TRL's fused head works in float32 tiles and adds entropy metrics, made for Triton on a GPU; here the LM head runs
+    on the supervised positions only: mean over completion tokens of -log p(token | what stands before it).
+    """
+    import torch
+    from trl import SFTTrainer
+
+    class CpuSFTTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            targets = inputs["labels"][:, 1:]  # (batch, tokens - 1); -100 where nothing is to be learnt
+            supervised = targets != -100
+            base = self.accelerator.unwrap_model(model).get_base_model()
+            with self.accelerator.autocast():
+                hidden = base.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+                logits = base.lm_head(hidden.last_hidden_state[:, :-1][supervised]).float()  # (supervised tokens, vocabulary)
+            count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = torch.nn.functional.cross_entropy(logits, targets[supervised], reduction="sum") / count
+            return (loss, {"logits": logits}) if return_outputs else loss
+
+    return CpuSFTTrainer
+
+
+def progress_callback(label: str = "training"):
+    """One live line with step, loss, time gone and time to go; cleared at the end."""
+    from transformers import TrainerCallback
+
+    from helpers.scoring import progress_bar
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.stack = contextlib.ExitStack()
+            self.bar = self.stack.enter_context(progress_bar(state.max_steps, label))
+            self.bar.update(state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(1)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.stack.close()
+
+    return Progress()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole (the trainer's state is the last file of one)."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and (p / "optimizer.pt").exists()]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def fit(trainer, resume: bool = True) -> dict:
+    """Trains, going on from the last whole checkpoint in the trainer's folder; returns history and seconds.
+
+    An interrupt (Ctrl-C, the stop button) saves a checkpoint and says how to go on (CourseError).
+    """
+    from peft.helpers import disable_input_dtype_casting
+    from transformers import ProgressCallback, PrinterCallback
+
+    folder = Path(trainer.args.output_dir)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(progress_callback())
+    checkpoint = last_checkpoint(folder) if resume else None
+    start = time.perf_counter()
+    # under autocast PEFT's own cast of each layer's input to float32 and back is work for nothing
+    casting = disable_input_dtype_casting(trainer.model) if trainer.args.bf16 else contextlib.nullcontext()
+    try:
+        with casting:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        kept = last_checkpoint(folder)
+        raise CourseError(
+            f"Training was interrupted at step {trainer.state.global_step}; "
+            + (f"the checkpoint of step {kept.name.split('-')[1]} is kept. " if kept else "there was no checkpoint yet. ")
+            + "Run the same cell again to go on from it."
+        ) from None
+    return {"history": [log for log in trainer.state.log_history if "loss" in log], "seconds": time.perf_counter() - start}
+
+
+def interrupt_at(step: int | None):
+    """A callback that presses Ctrl-C at a step, to show that nothing is lost."""
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Interrupt()
+
+
+def finish(trainer) -> dict:
+    """`fit`, unless the trainer's recipe was finished before: then its adapter and history are loaded, and said so."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder = Path(trainer.args.output_dir)
+    done = folder / "history.json"
+    if done.exists() and (folder / "adapter" / "adapter_config.json").exists():
+        print("This very recipe was trained before: its adapter is loaded. Delete runs/ (or make course FRESH=1) to train again.")
+        set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+        return json.loads(done.read_text())
+    result = fit(trainer)
+    export_adapter(trainer.model, folder / "adapter")
+    done.write_text(json.dumps(result))
+    return result
+
+
+def export_adapter(model, target: Path) -> Path:
+    """Writes the adapter for others: safetensors and adapter_config.json only; no pickle, no path of this machine."""
+    from safetensors.torch import save_file
+    from peft import get_peft_model_state_dict
+
+    if target.exists():
+        shutil.rmtree(target)
+    with building(target) as scratch:
+        scratch.mkdir()
+        state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": COURSE_MODEL, "inference_mode": True}
+        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        (scratch / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str) + "\n")
+    return target
+
+
+def load_adapter(folder: Path, bits: int = 4, dtype=None):
+    """The course model at `bits` bits with an exported adapter on it, ready to answer."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_model(bits, dtype), folder).eval()
+
+
+def sft_adapter(recipe: SFTRecipe | None = None) -> Path:
+    """The folder of the recipe's trained adapter: from `runs/` if it is there, else trained now (about 5 minutes)."""
+    recipe = recipe or SFTRecipe()
+    folder = recipe.folder() / "adapter"
+    if not (folder / "adapter_config.json").exists():
+        finish(make_trainer(recipe, load_model(recipe.bits), load_tokenizer()))
+    return folder

@@ -1,0 +1,82 @@
+"""The one table of the course: who got how many questions right. Rows live in runs/scoreboard.json and data/results/."""
+
+import json
+import os
+from pathlib import Path
+
+from helpers.runtime import DATA, runs_dir
+from helpers.scoring import Score, score
+
+STAGES = ("zero-shot", "3-shot", "8-shot", "retrieved-8-shot", "nearest-question", "sft")
+RESULTS = DATA / "results"
+
+
+def scoreboard_path() -> Path:
+    return runs_dir() / "scoreboard.json"
+
+
+def row(stage: str, split: str, result: Score, seconds: float, seed: int = 0, source: str = "live") -> dict:
+    """One row: accuracy, low and high between 0 and 1 (95 % interval); seconds of generation; live or recorded."""
+    return {
+        "stage": stage, "split": split, "n": result.n, "correct": result.correct, "accuracy": round(result.accuracy, 4),
+        "low": round(result.low, 4), "high": round(result.high, 4), "seconds": round(seconds, 1), "seed": seed, "source": source,
+    }  # fmt: skip
+
+
+def rows() -> list[dict]:
+    """The rows so far, in the order of the course."""
+    path = scoreboard_path()
+    found = json.loads(path.read_text()) if path.exists() else []
+    order = {stage: i for i, stage in enumerate(STAGES)}
+    return sorted(found, key=lambda r: (r["split"], order.get(r["stage"], 99), r["source"], r["seed"]))
+
+
+def add(new: dict) -> dict:
+    """Adds a row in place of an older one for the same stage, split, seed and source; written in one piece."""
+    same = ("stage", "split", "seed", "source")
+    kept = [r for r in rows() if any(r[k] != new[k] for k in same)]
+    part = scoreboard_path().with_suffix(".part")
+    part.write_text(json.dumps([*kept, new], indent=1) + "\n")
+    os.replace(part, scoreboard_path())
+    return new
+
+
+def record(stage: str, split: str, records: list[dict], seconds: float, seed: int = 0) -> dict:
+    """Scores per-question records and adds the row."""
+    return add(row(stage, split, score(records), seconds, seed))
+
+
+def recorded(name: str) -> list[dict]:
+    """The recorded runs of a sweep (data/results/<name>.json), each with its per-question results."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def recorded_rows() -> list[dict]:
+    """Rows for every recorded main run: baselines and sft, each seed, on each split it was scored on."""
+    return [
+        row(run["stage"], split, score(part["records"]), part["seconds"], run["seed"], "recorded")
+        for name in ("baselines", "sft")
+        for run in recorded(name)
+        for split, part in run["splits"].items()
+    ]
+
+
+def sweep_points(name: str, x: str, everything: int) -> list[dict]:
+    """A recorded sweep as points for a plot: x (`everything` where the recipe sets no limit), accuracy, seed, steps."""
+    return [
+        {x: run["recipe"][x] or everything, "accuracy": score(run["splits"]["validation"]["records"]).accuracy, "seed": run["seed"], "steps": run["recipe"]["steps"]}
+        for run in recorded(name)
+    ]
+
+
+def table(which: list[dict] | None = None):
+    """The scoreboard as a DataFrame, ready to be shown."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows() if which is None else which)
+    if not len(frame):
+        return frame
+    frame["95 % interval"] = [f"{low:.0%} to {high:.0%}" for low, high in zip(frame["low"], frame["high"], strict=True)]
+    frame["accuracy"] = [f"{a:.0%}" for a in frame["accuracy"]]
+    return frame[["split", "stage", "accuracy", "95 % interval", "correct", "n", "seconds", "seed", "source"]]

@@ -1,0 +1,351 @@
+"""Asking a model many questions, running its SQL, and saying how often it is right, with an interval."""
+
+import contextlib
+import functools
+import itertools
+import re
+import time
+from dataclasses import dataclass
+
+from helpers import sql as safe
+from helpers.flights import REFUSAL, chat, database_path, perturbed_paths
+from helpers.runtime import DATA, CourseError
+
+# ---------------------------------------------------------------- generation
+
+
+def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int = 32, progress: str = "") -> list[str]:
+    """Greedy answers to a list of chats (each a list of messages), in the order asked.
+
+    Batched, padded on the left, sorted by length so that little is padding; stops at the end of the turn. What all
+    prompts begin with (a schema, few-shot examples) is run through the model once and its key/value cache reused.
+    In float32 the answers don't depend on the batch size (tested); in 16 bits a near-tie can fall either way.
+    `progress` names the progress bar (none if empty).
+    """
+    import torch
+
+    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
+    shared = _shared_prefix(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    with torch.inference_mode(), progress_bar(len(prompts), progress) as bar:
+        prefix = _run_prefix(model, prompts[0][:shared]) if shared >= 64 and len(prompts) > 1 else None
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i, answer in zip(batch, _generate_batch(model, tokenizer, [prompts[i] for i in batch], prefix, shared, max_new_tokens), strict=True):
+                answers[i] = answer
+            bar.update(len(batch))
+    return answers
+
+
+def _shared_prefix(prompts: list[list[int]]) -> int:
+    """How many leading tokens all prompts share (never a whole prompt)."""
+    shortest, longest = min(prompts), max(prompts)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shortest, longest, strict=False))
+    return min(sum(1 for _ in same), min(map(len, prompts)) - 1)
+
+
+def _run_prefix(model, tokens: list[int]):
+    import torch
+
+    ids = torch.tensor([tokens], device=model.device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _generate_batch(model, tokenizer, prompts, prefix, shared, max_new_tokens) -> list[str]:
+    import copy
+
+    import torch
+
+    width = max(map(len, prompts))
+    keep = shared if prefix is not None else 0  # cached tokens stand first, then the padding, then the rest
+    pad = tokenizer.pad_token_id
+    ids = [p[:keep] + [pad] * (width - len(p)) + p[keep:] for p in prompts]
+    mask = [[1] * keep + [0] * (width - len(p)) + [1] * (len(p) - keep) for p in prompts]
+    extra = {}
+    if prefix is not None:
+        extra["past_key_values"] = cache = copy.deepcopy(prefix)
+        cache.batch_repeat_interleave(len(prompts))
+    device = model.device
+    out = model.generate(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        **extra,
+    )
+    return [t.strip() for t in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, label: str):
+    """A progress bar that leaves nothing behind in a stored notebook (it is shown on a terminal or a live notebook)."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=label, disable=not label or not _live(), leave=False) as bar:
+        yield bar
+
+
+def _live() -> bool:
+    import os
+
+    return os.environ.get("COURSE_PROGRESS", "1") != "0"
+
+
+def extract_sql(answer: str) -> str:
+    """The one rule for every model: the first ```fenced``` block if there is one, else from the first SELECT (or WITH … AS) on;
+    then up to the first semicolon or blank line. "" when there is no query in the answer."""
+    fence = re.search(r"```(?:\w+)?\s*\n?(.*?)(?:```|\Z)", answer, re.S)
+    text = fence.group(1) if fence else answer
+    start = re.search(r"\bSELECT\b|\bWITH\s+\w+\s+AS\b", text, re.I)
+    if not start:
+        return ""
+    query = re.match(r"(?:'(?:[^']|'')*'|\n(?!\s*\n)|[^;'\n])*", text[start.start() :]).group(0)
+    return query.strip().rstrip("`").strip()
+
+
+# ---------------------------------------------------------------- execution accuracy
+
+
+def tie_variants(sql: str) -> list[str]:
+    """The query with its final ORDER BY's ties broken one way and the other; [] if it doesn't end in an ORDER BY.
+
+    When both return the same, no tie decides the answer.
+    """
+    match = re.fullmatch(r"(.*\bORDER BY [^()]*(?:\([^()]*\))?[^()]*?)(\s+LIMIT \d+)?", sql.strip(), re.S | re.I)
+    if not match:
+        return []
+    columns = len(re.match(r"SELECT (.*?) FROM", sql, re.S | re.I).group(1).split(", ")) if re.match(r"SELECT .*? FROM", sql, re.S | re.I) else 1
+    return [match[1] + "".join(f", {i + 1} {way}" for i in range(columns)) + (match[2] or "") for way in ("ASC", "DESC")]
+
+
+@functools.cache
+def _names() -> dict[str, str]:
+    """Lower-cased airline, airport and (where it has one airport) city names, to their codes."""
+    import pandas as pd
+
+    flights = pd.read_parquet(DATA / "nycflights/flights.parquet", columns=["carrier", "airline", "dest", "dest_city"])
+    airports = pd.read_parquet(DATA / "nycflights/airports.parquet", columns=["faa", "name"])
+    served = set(flights["dest"]) | {"JFK", "EWR", "LGA"}
+    names = {name.lower(): code for code, name in airports.itertuples(index=False) if code in served}
+    names |= {name.lower(): code for code, name in flights[["carrier", "airline"]].drop_duplicates().itertuples(index=False)}
+    cities = flights[["dest_city", "dest"]].drop_duplicates()
+    single = cities[~cities["dest_city"].duplicated(keep=False)]
+    return names | {city.lower(): code for city, code in single.itertuples(index=False)}
+
+
+def _plain(value):
+    return _names().get(value.strip().lower(), value.strip()) if isinstance(value, str) else value
+
+
+def same_value(predicted, expected) -> bool:
+    """Equal, or a number within rounding to one decimal of a fractional one, or a code's name in place of the code."""
+    if isinstance(predicted, (int, float)) and isinstance(expected, (int, float)):
+        if float(expected).is_integer() and isinstance(expected, int):
+            return predicted == expected
+        return abs(predicted - expected) <= 0.05 + 1e-9
+    return _plain(predicted) == _plain(expected)
+
+
+def same_result(predicted: list[tuple], expected: list[tuple], ordered: bool) -> bool:
+    """The rule of execution accuracy, on two lists of rows.
+
+    As many rows as expected; each expected column is found in a column of its own of the prediction; extra columns and
+    aliases don't matter. Rows are compared as a list where the question asks for an order, else as a multiset. So a
+    LIMIT counts when it changes the rows. Values: see `same_value`.
+    """
+    if len(predicted) != len(expected):
+        return False
+    if not expected:
+        return True
+    wide, narrow = len(predicted[0]), len(expected[0])
+    if wide < narrow or wide > 25:
+        return False
+    found = [[p for p in range(wide) if _same_column([r[p] for r in predicted], [r[e] for r in expected], ordered)] for e in range(narrow)]
+    for columns in itertools.islice(itertools.product(*found), 500):
+        if len(set(columns)) == narrow and _same_rows([[r[p] for p in columns] for r in predicted], expected, ordered):
+            return True
+    return False
+
+
+def _same_column(predicted, expected, ordered) -> bool:
+    return _same_rows([[v] for v in predicted], [[v] for v in expected], ordered)
+
+
+def _same_rows(predicted, expected, ordered) -> bool:
+    def equal(a, b):
+        return all(map(same_value, a, b))
+
+    if all(map(equal, predicted, expected)):
+        return True
+    if ordered:
+        return False
+    left = list(predicted)
+    for row in expected:
+        match = next((i for i, other in enumerate(left) if equal(other, row)), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return True
+
+
+class Judge:
+    """Execution accuracy on the real database and on two perturbed ones (test suites: Zhong et al. 2020, in Spider).
+
+    A prediction is right when it returns what the reference returns on all three. An instance on which a tie decides
+    the reference's answer is skipped there; on the real database either order of the tie is accepted.
+    """
+
+    def __init__(self):
+        self.connections = [safe.connect(path) for path in (*perturbed_paths(), database_path())]
+        self.references: dict[tuple[int, str], list[tuple]] = {}
+
+    def _rows(self, which: int, sql: str) -> list[tuple]:
+        if (which, sql) not in self.references:
+            self.references[which, sql] = safe.execute(self.connections[which], sql).rows
+        return self.references[which, sql]
+
+    def agrees(self, which: int, sql: str, reference: str, ordered: bool) -> bool:
+        """Does `sql` return what `reference` does on one instance (-1: the real one)? Raises SqlError if `sql` fails."""
+        got = safe.execute(self.connections[which], sql).rows
+        if same_result(got, self._rows(which, reference), ordered):
+            return True
+        ties = [self._rows(which, variant) for variant in tie_variants(reference)]
+        if which == -1:
+            return any(same_result(got, rows, ordered) for rows in ties)
+        return any(rows != ties[0] for rows in ties)  # a tie decides: this instance can't tell
+
+    def judge(self, answer: str, reference: str, ordered: bool = False, single: bool = False) -> dict:
+        """Judges one answer: {"correct", "kind", "sql"}; with `single` also "single", right on the real database alone."""
+        sql = extract_sql(answer)
+        refused = REFUSAL.lower().rstrip(".") in answer.lower().replace("’", "'")
+        if reference == REFUSAL:
+            return {"correct": refused and not sql, "kind": "right" if refused and not sql else "answered the unanswerable", "sql": sql, "single": refused and not sql}
+        if refused or not sql:
+            return {"correct": False, "kind": "refused" if refused else "no query", "sql": sql, "single": False}
+        if " ".join(sql.split()) == " ".join(reference.split()):
+            return {"correct": True, "kind": "right", "sql": sql, "single": True}
+        verdict = {"correct": False, "sql": sql, "single": False}
+        try:
+            verdict["correct"] = all(self.agrees(i, sql, reference, ordered) for i in (0, 1, -1))
+            verdict["single"] = verdict["correct"] or (single and self.agrees(-1, sql, reference, ordered))
+        except safe.SqlError as error:
+            return verdict | {"kind": f"does not run ({error.reason})"}
+        return verdict | {"kind": "right" if verdict["correct"] else mistake(sql, reference)}
+
+
+def mistake(sql: str, reference: str) -> str:
+    """Names what differs between a wrong query that runs and its reference: what is computed, the filter, or the rest."""
+
+    def parts(query):
+        flat = " ".join(query.split())
+        where = re.search(r"\bWHERE\b(.*?)(\bGROUP BY\b|\bORDER BY\b|\bLIMIT\b|$)", flat, re.I)
+        select = re.sub(r"\s+AS\s+\w+", "", re.split(r"\bFROM\b", flat, maxsplit=1, flags=re.I)[0], flags=re.I)
+        tail = re.search(r"\b(GROUP BY|ORDER BY|LIMIT)\b.*", flat, re.I)
+        conditions = frozenset(c.strip().lower() for c in re.split(r"\bAND\b", where[1], flags=re.I)) if where else frozenset()
+        return select.lower(), conditions, tail[0].lower() if tail else ""
+
+    differs = [a != b for a, b in zip(parts(sql), parts(reference), strict=True)]
+    names = [name for name, differ in zip(("what is computed", "the filter", "the grouping or order"), differs, strict=True) if differ]
+    return "wrong: " + (" and ".join(names[:2]) if names else "the value")
+
+
+@functools.cache
+def judge() -> Judge:
+    """One judge per process: it keeps the references' results."""
+    return Judge()
+
+
+def execution_accuracy(answers: list[str], questions, single: bool = False) -> list[dict]:
+    """One dict a question: id, intent, phrasing, correct, kind, sql (what was run); the per-question record of a run."""
+    records = []
+    for answer, row in zip(answers, questions, strict=True):
+        verdict = judge().judge(answer, row["sql"], bool(row.get("ordered")), single)
+        records.append({k: row.get(k) for k in ("id", "question", "intent", "phrasing")} | verdict)
+    return records
+
+
+# ---------------------------------------------------------------- scores and intervals
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share with its 95 % interval: n questions, `correct` right, accuracy, low and high between 0 and 1."""
+
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.0%} ({self.low:.0%} to {self.high:.0%}, n = {self.n})"
+
+
+def _clusters(records) -> list[list[int]]:
+    """Positions of the questions of each phrasing, grouped for the bootstrap; a row without a phrasing is its own."""
+    by: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        by.setdefault(str(record.get("phrasing") or record.get("id") or i), []).append(i)
+    return list(by.values())
+
+
+def _bootstrap(values, records, draws: int, seed: int):
+    """Means of `values` over resampled phrasings, within each intent (strata kept), as an array of `draws`."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    values = np.asarray(values, dtype=float)
+    strata: dict[str, list[list[int]]] = {}
+    for cluster in _clusters(records):
+        strata.setdefault(str(records[cluster[0]].get("intent")), []).append(cluster)
+    total, count = np.zeros(draws), np.zeros(draws)
+    for clusters in strata.values():
+        sums = np.array([values[c].sum() for c in clusters])
+        sizes = np.array([len(c) for c in clusters])
+        picks = rng.integers(0, len(clusters), (draws, len(clusters)))
+        total += sums[picks].sum(axis=1)
+        count += sizes[picks].sum(axis=1)
+    return total / count
+
+
+def score(records, draws: int = 2000, seed: int = 0) -> Score:
+    """Accuracy with a 95 % bootstrap interval that resamples phrasings within intents, not single questions.
+
+    Where an intent has a single phrasing its stratum has no spread to resample, so all phrasings then form one stratum.
+    """
+    import numpy as np
+
+    right = [bool(r["correct"]) for r in records]
+    if not right:
+        raise CourseError("There is nothing to score: no questions.")
+    low, high = np.quantile(_bootstrap(right, _strata_or_flat(records), draws, seed), [0.025, 0.975])
+    return Score(len(right), sum(right), sum(right) / len(right), float(low), float(high))
+
+
+def paired_difference(records_a, records_b, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Accuracy of a minus accuracy of b on the same questions: (difference, low, high), a paired cluster bootstrap."""
+    import numpy as np
+
+    if [r["id"] for r in records_a] != [r["id"] for r in records_b]:
+        raise CourseError("A paired comparison needs the same questions in the same order in both records.")
+    gain = [bool(a["correct"]) - bool(b["correct"]) for a, b in zip(records_a, records_b, strict=True)]
+    low, high = np.quantile(_bootstrap(gain, _strata_or_flat(records_a), draws, seed), [0.025, 0.975])
+    return sum(gain) / len(gain), float(low), float(high)
+
+
+def _strata_or_flat(records):
+    phrasings: dict[str, set] = {}
+    for i, r in enumerate(records):
+        phrasings.setdefault(str(r.get("intent")), set()).add(r.get("phrasing") or r.get("id") or i)
+    thin = sum(len(p) < 2 for p in phrasings.values()) > 0
+    return [dict(r, intent=None) for r in records] if thin else records
+
+
+def ask(model, tokenizer, questions, system=None, shots=None, progress: str = "", **kwargs) -> tuple[list[str], float]:
+    """Answers to a split's questions and the seconds it took. `shots` maps a question to its few-shot rows."""
+    start = time.perf_counter()
+    extra = {"system": system} if system else {}
+    chats = [chat(q["question"], shots=shots(q["question"]) if shots else (), **extra) for q in questions]
+    return generate(model, tokenizer, chats, progress=progress, **kwargs), time.perf_counter() - start

@@ -1,0 +1,221 @@
+"""doctor and ask as a person runs them, plots, scoreboard, sweeps' bookkeeping, baselines."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from helpers import ask, baselines, doctor, flights, plots, scoreboard, scoring, sweeps
+from helpers.runtime import CourseError
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_gives_one_verdict(capsys):
+    def bad():
+        raise CourseError("mend me")
+
+    def worse():
+        raise RuntimeError("broken")
+
+    assert doctor.main({"good": lambda: "fine"}) == 0
+    assert capsys.readouterr().out.endswith("Ready: this machine can run the course.\n")
+    assert doctor.main({"good": lambda: "fine", "bad": bad, "worse": worse}) == 1
+    out = capsys.readouterr().out
+    assert "PROBLEM: mend me" in out and "PROBLEM: RuntimeError: broken" in out and out.endswith("Not ready: mend bad, worse first.\n")
+
+
+def test_doctor_refuses_too_small_a_machine(monkeypatch):
+    with pytest.raises(CourseError, match="GB free"):
+        doctor.check_disk(need_gb=1e9)
+    with pytest.raises(CourseError, match="Colab"):
+        doctor.check_memory(need_gb=1e9)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
+    with pytest.raises(CourseError, match="too old"):
+        doctor.check_python()
+
+
+def test_doctor_checks_this_machine():
+    for name in ("Python", "disk", "memory", "device", "database"):
+        assert doctor.CHECKS[name]()
+
+
+@pytest.mark.slow
+def test_doctor_trains_for_real():
+    assert "SmolLM2" in doctor.check_model()
+    assert "s a step of" in doctor.check_training(seconds=1)
+
+
+# ---------------------------------------------------------------- ask
+
+
+class FakeAsker(ask.Asker):
+    """The real worker and rules, with canned answers in place of the model's."""
+
+    def __init__(self, answers):
+        from helpers import sql
+
+        self.system, self.tokenizer, self.model, self.answers = "", None, None, answers
+        self.worker = sql.Worker(flights.database_path())
+
+
+@pytest.fixture
+def asker(monkeypatch):
+    answers = {
+        "count": "SELECT COUNT(*) AS flights FROM flights WHERE origin = 'JFK'",
+        "drop": "SELECT 1; DROP TABLE flights",
+        "attach": "with a as (select 1) ATTACH 'x' AS y",
+        "wrong": "SELECT nothing FROM flights",
+        "prose": "I don't know.",
+        "refuse": flights.REFUSAL,
+        "null": "SELECT NULL, 'x'",
+    }
+    monkeypatch.setattr(scoring, "generate", lambda m, t, chats, **k: [answers[chats[0][-1]["content"]]])
+    one = FakeAsker(answers)
+    yield one
+    one.close()
+
+
+def test_ask_answers(asker):
+    assert asker.answer("count") == {
+        "question": "count", "sql": "SELECT COUNT(*) AS flights FROM flights WHERE origin = 'JFK'",
+        "columns": ["flights"], "rows": [[111279]], "error": None,
+    }  # fmt: skip
+    assert ask.show(asker.answer("count")).endswith("flights\n111279")
+    assert ask.show(asker.answer("null")).splitlines()[-1].strip() == "x"
+
+
+def test_ask_turns_every_failure_into_a_sentence(asker):
+    assert asker.answer("drop")["rows"] == [[1]]  # the rule stops at the first semicolon
+    assert asker.answer("attach")["error"] and asker.answer("attach")["rows"] == []
+    assert "nothing" in asker.answer("wrong")["error"]
+    assert "no query" in asker.answer("prose")["error"]
+    assert asker.answer("refuse")["error"] == flights.REFUSAL
+    assert "empty" in asker.answer("  ")["error"]
+    assert "limit is 500" in asker.answer("x" * 501)["error"]
+
+
+def test_ask_jsonl_writes_one_object_a_line(asker, monkeypatch, capsys):
+    monkeypatch.setattr(ask, "Asker", lambda stage: asker)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"count\r\nprose\n\n")))
+    assert ask.main(["--jsonl"]) == 0
+    out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [o["question"] for o in out] == ["count", "prose", ""]
+    assert [set(o) for o in out] == [{"question", "sql", "columns", "rows", "error"}] * 3
+    assert out[0]["rows"] == [[111279]] and out[0]["error"] is None and out[2]["error"]
+
+
+def test_ask_one_question(asker, monkeypatch, capsys):
+    monkeypatch.setattr(ask, "Asker", lambda stage: asker)
+    assert ask.main(["count"]) == 0 and "111279" in capsys.readouterr().out
+    assert ask.main(["prose"]) == 1
+    with pytest.raises(SystemExit):
+        ask.main([])
+
+
+def test_ask_without_a_model_is_one_sentence(monkeypatch, capsys):
+    def fails(stage):
+        raise CourseError("Could not download it.")
+
+    monkeypatch.setattr(ask, "Asker", fails)
+    assert ask.main(["count"]) == 1 and capsys.readouterr().err == "Could not download it.\n"
+
+
+@pytest.mark.slow
+def test_ask_the_base_model():
+    one = ask.Asker("base")
+    reply = one.answer("How many flights left JFK in July?")
+    one.close()
+    assert set(reply) == {"question", "sql", "columns", "rows", "error"} and (reply["sql"] or reply["error"])
+
+
+# ---------------------------------------------------------------- scoreboard, sweeps, plots
+
+
+RECORDS = [{"id": str(i), "intent": "count", "phrasing": f"count/{i}", "correct": i % 2 == 0, "kind": "right" if i % 2 == 0 else "no query"} for i in range(10)]
+
+
+def test_scoreboard_replaces_and_orders():
+    scoreboard.record("sft", "validation", RECORDS, 2.0)
+    scoreboard.record("zero-shot", "validation", RECORDS[:4], 1.0)
+    scoreboard.record("sft", "validation", RECORDS[:1], 3.0)
+    rows = json.loads(scoreboard.scoreboard_path().read_text())
+    assert len(rows) == 2 and scoreboard.rows()[0]["stage"] == "zero-shot"
+    assert scoreboard.rows()[1] == {
+        "stage": "sft", "split": "validation", "n": 1, "correct": 1, "accuracy": 1.0, "low": 1.0, "high": 1.0, "seconds": 3.0, "seed": 0, "source": "live",
+    }  # fmt: skip
+    assert list(scoreboard.table()["accuracy"]) == ["50%", "100%"] and len(scoreboard.table([])) == 0
+
+
+def test_records_are_current():
+    assert sweeps.stale() == [], "recorded runs are stale: make sweeps"
+
+
+def test_a_changed_recipe_is_stale(monkeypatch):
+    monkeypatch.setattr(sweeps, "SHORT", sweeps.SHORT + 1)
+    assert any(line.startswith("examples: ") for line in sweeps.stale())
+
+
+def test_records_hold_every_question():
+    for name in sweeps.plan():
+        for run in scoreboard.recorded(name):
+            for split, questions in sweeps.splits(name).items():
+                assert [r["id"] for r in run["splits"][split]["records"]] == list(questions["id"])
+            assert run["versions"]["torch"] and run["machine"] and "/" not in run["machine"]
+
+
+def test_sweeps_run_writes_after_each_point_and_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(scoreboard, "RESULTS", tmp_path)
+    points = [{"stage": "zero-shot", "seed": s, "recipe": sweeps.SFTRecipe(seed=s)} for s in (0, 1)]
+    monkeypatch.setattr(sweeps, "plan", lambda: {"small": points})
+    made = []
+
+    def run_point(sweep, point):
+        made.append(point["seed"])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return {"stage": "zero-shot", "seed": point["seed"], "key": sweeps.key(sweep, point), "splits": {"validation": {"seconds": 1, "records": RECORDS}}}
+
+    monkeypatch.setattr(sweeps, "run_point", run_point)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.run()
+    assert [r["seed"] for r in scoreboard.recorded("small")] == [0] and len(sweeps.stale()) == 1
+    sweeps.run()
+    assert [r["seed"] for r in scoreboard.recorded("small")] == [0, 1] and made == [0, 1, 1] and sweeps.stale() == []
+    assert sweeps.check() == 0
+    wrong = [dict(r, correct=False) for r in RECORDS]
+    monkeypatch.setattr(sweeps, "run_point", lambda *_: {"splits": {"validation": {"records": wrong}}})
+    assert sweeps.check() == 1
+
+
+def test_nearest_question_and_shots():
+    train = [{"question": q, "sql": s, "intent": i, "style": "bare"} for q, s, i in [("flights to Boston", "A", "count"), ("average delay", "B", "x"), ("longest trip", "C", "y")]]
+    neighbours = baselines.Neighbours(train)
+    assert neighbours.nearest("how many flights to boston?")[0]["sql"] == "A"
+    assert [r["sql"] for r in neighbours.nearest("the average delays", 2)][-1] == "B"  # the nearest stands last
+    answers, _ = baselines.answer("nearest-question", [{"question": "longest trips"}], train=train)
+    assert answers == ["C"]
+    assert baselines.shots_for("zero-shot", train) is None
+    full = list(flights.load_questions("train"))
+    for stage, count in {"3-shot": 3, "8-shot": 8, "retrieved-8-shot": 8}.items():
+        assert len(baselines.shots_for(stage, full)("how many flights to Boston")) == count
+
+
+def test_plots_have_labelled_axes():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = [scoreboard.row("zero-shot", "test", scoring.score(RECORDS), 1), scoreboard.row("sft", "test", scoring.score(RECORDS), 1, source="recorded")]
+    points = [{"examples": n, "accuracy": 0.5, "seed": s} for n in (10, 100) for s in (0, 1)]
+    figures = [
+        plots.accuracy_bars(rows, "t"),
+        plots.mistakes({"a": RECORDS}, "t"),
+        plots.loss_curve([{"step": 1, "loss": "2.0"}, {"step": 2, "loss": "1.0"}], "t"),
+        plots.sweep(points, "examples", "t", {"examples": 50, "accuracy": 0.6}),
+    ]
+    for figure in figures:
+        assert figure.axes[0].get_xlabel() and figure.axes[0].get_title(loc="left") == "t"
+        matplotlib.pyplot.close(figure)
+    labels = [t.get_text() for t in plots.accuracy_bars(rows, "t").axes[0].get_yticklabels()]
+    assert labels == ["zero-shot", "sft (recorded)"]

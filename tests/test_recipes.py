@@ -1,0 +1,187 @@
+"""Training: the same loss as TRL's, float32 adapters, resume, interrupt, kill, export."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from helpers import flights, models, recipes
+from helpers.recipes import SFTRecipe
+from helpers.runtime import ROOT, CourseError
+
+TINY = SFTRecipe(steps=4, batch_size=2, warmup_steps=1)
+ROWS = [{"question": f"how many flights left in month {m}", "sql": f"SELECT COUNT(*) FROM flights WHERE month = {m}"} for m in range(1, 13)]
+
+
+def trainer(folder, recipe=TINY, bits=4, **changes):
+    return recipes.make_trainer(recipe, models.load_model(bits), models.load_tokenizer(), ROWS, folder, **{"logging_steps": 1, "save_steps": 2} | changes)
+
+
+# ---------------------------------------------------------------- what needs no model
+
+
+def test_key_changes_with_the_recipe_and_only_with_it():
+    assert SFTRecipe().key() == SFTRecipe().key()
+    keys = {dataclasses.replace(SFTRecipe(), **change).key() for change in ({}, {"seed": 1}, {"steps": 1}, {"learning_rate": 2e-3}, {"examples": 5})}
+    assert len(keys) == 5
+
+
+def test_key_changes_with_the_prompt(monkeypatch):
+    before = SFTRecipe().key()
+    monkeypatch.setattr(flights, "SYSTEM_PROMPT", "Other.")
+    assert SFTRecipe().key() != before
+
+
+def test_training_rows_by_examples_and_by_phrasings():
+    rows = [{"intent": f"i{i}", "phrasing": f"i{i}/{p}", "question": f"{i}{p}{e}"} for i in range(3) for p in range(4) for e in range(2)]
+    pick = recipes.training_rows
+    assert pick(SFTRecipe(), rows) == rows
+    assert len(pick(SFTRecipe(examples=5), rows)) == 5
+    few = pick(SFTRecipe(phrasings=1), rows)
+    assert len(few) == 6 and len({r["phrasing"] for r in few}) == 3
+    assert pick(SFTRecipe(phrasings=1), rows) == few != pick(SFTRecipe(phrasings=1, seed=1), rows)
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    assert recipes.last_checkpoint(tmp_path) is None
+    for step, files in {2: ("trainer_state.json", "optimizer.pt"), 10: ("optimizer.pt",), 4: ("trainer_state.json", "optimizer.pt")}.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert recipes.last_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+# ---------------------------------------------------------------- what does
+
+
+@pytest.mark.slow
+def test_trl_still_casts_and_the_cure_restores_dtype_and_values():
+    import torch
+    from trl import SFTTrainer
+
+    model = models.load_model(4)
+    args = recipes.sft_config(TINY, ROOT / "runs" / "never")
+    built = SFTTrainer(model=model, args=args, train_dataset=recipes.training_set(ROWS), processing_class=models.load_tokenizer(), peft_config=recipes.lora_config(TINY))
+    adapters = {n: p for n, p in built.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in adapters.values()} == {torch.bfloat16}  # when this fails, TRL no longer needs the cure
+    state = {n: torch.randn(p.shape) for n, p in adapters.items()}
+    recipes.restore_float32(built.model, state)
+    assert all(p.dtype == torch.float32 and torch.equal(p, state[n]) for n, p in adapters.items())
+    assert all(torch.equal(v, state[n]) for n, v in recipes.trainable_state(built.model).items())
+
+
+@pytest.mark.slow
+def test_our_cpu_loss_is_trls_loss(tmp_path):
+    """In float32, on an unquantized base, the same batch: our cheaper loss against TRL's, and its gradients."""
+    import torch
+    from trl import SFTTrainer
+
+    results = []
+    for kind in (SFTTrainer, recipes.cpu_trainer_class()):
+        torch.manual_seed(0)
+        args = recipes.sft_config(TINY, tmp_path, bf16=False, fp16=False)
+        built = kind(
+            model=models.load_model(16, torch.float32), args=args, train_dataset=recipes.training_set(ROWS),
+            processing_class=models.load_tokenizer(), peft_config=recipes.lora_config(TINY),
+        )  # fmt: skip
+        batch = built.data_collator([built.train_dataset[i] for i in range(4)])
+        loss = built.compute_loss(built.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in built.model.parameters() if p.grad is not None])
+        results.append((loss.detach(), gradient))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
+    assert results[0][1].abs().max() > 0
+
+
+@pytest.mark.slow
+def test_the_mask_covers_the_answer_and_the_end_of_turn_only(tmp_path):
+    built = trainer(tmp_path)
+    batch = built.data_collator([built.train_dataset[0]])
+    supervised = batch["input_ids"][0][batch["labels"][0] != -100]
+    assert built.processing_class.decode(supervised) == ROWS[0]["sql"] + "<|im_end|>\n"
+
+
+@pytest.mark.slow
+def test_interrupt_keeps_the_checkpoint_and_resume_reaches_the_same_loss(tmp_path):
+    whole = recipes.fit(trainer(tmp_path / "whole"))["history"]
+    stopped = trainer(tmp_path / "stopped")
+    stopped.add_callback(recipes.interrupt_at(3))
+    with pytest.raises(CourseError, match="interrupted at step 3; the checkpoint of step 2 is kept. Run the same cell again"):
+        recipes.fit(stopped)
+    resumed = recipes.fit(trainer(tmp_path / "stopped"))["history"]
+    assert [h["step"] for h in resumed] == [h["step"] for h in whole] == [1, 2, 3, 4]
+    for a, b in zip(resumed, whole, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=0.02)  # the stated tolerance
+    assert all(p.dtype.itemsize == 4 for p in stopped.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+def test_interrupt_before_the_first_checkpoint_says_so(tmp_path):
+    stopped = trainer(tmp_path)
+    stopped.add_callback(recipes.interrupt_at(1))
+    with pytest.raises(CourseError, match="there was no checkpoint yet"):
+        recipes.fit(stopped)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_in_training_resumes(tmp_path):
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from helpers import recipes, runtime
+runtime.setup()
+from test_recipes import trainer
+from transformers import TrainerCallback
+class Say(TrainerCallback):
+    def on_step_end(self, args, state, control, **k):
+        print("step", state.global_step, flush=True)
+        if state.global_step == 3 and "hang" in sys.argv:
+            import time; time.sleep(120)
+one = trainer(Path({str(tmp_path)!r}))
+one.add_callback(Say())
+print("loss", recipes.fit(one)["history"][-1])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, "hang"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line == "step 3\n":
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = [line for line in done.stdout.splitlines() if line.startswith("step")]
+    assert steps == ["step 3", "step 4"]  # steps 1 and 2 were in the checkpoint
+
+
+@pytest.mark.slow
+def test_export_has_no_pickle_and_no_path_and_reloads_to_the_same_answers(tmp_path):
+    import torch
+
+    built = trainer(tmp_path / "run", save_strategy="no")
+    recipes.fit(built)
+    folder = recipes.export_adapter(built.model, tmp_path / "adapter")
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
+    assert "/" not in (folder / "adapter_config.json").read_text()
+    again = recipes.load_adapter(folder, bits=4)
+    again.set_attn_implementation("eager")
+    ids = torch.arange(5, 25).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, built.model.eval()(ids).logits, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.slow
+def test_a_finished_recipe_is_not_trained_again(tmp_path, capsys):
+    built = trainer(tmp_path)
+    first = recipes.finish(built)
+    again = trainer(tmp_path)
+    assert recipes.finish(again)["seconds"] == first["seconds"]
+    assert "trained before" in capsys.readouterr().out
+    for a, b in zip(recipes.trainable_state(built.model).values(), recipes.trainable_state(again.model).values(), strict=True):
+        assert a.equal(b)

@@ -1,0 +1,161 @@
+"""One place for each fact: dependencies, slug and tag, make targets; and the course's runner."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+
+from helpers import course
+from helpers.runtime import ROOT, CourseError
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+SLUG = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+TAG = "v" + PROJECT["version"]
+TEXTS = [p for p in (ROOT / "README.md", ROOT / "data/README.md", ROOT / "environment.yml", *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "helpers").glob("*.py")) if p.exists()]
+
+
+def names(requirements):
+    return {re.match(r"[\w-]+", r)[0].lower() for r in requirements}
+
+
+def test_environment_installs_what_pyproject_names():
+    import yaml
+
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = environment["dependencies"][-1]["pip"]
+    assert pip == ["-c constraints.txt", "-e .[test]"]  # through pyproject.toml, so that they can't differ
+    assert f"python{PROJECT['requires-python']}" in environment["dependencies"]
+    assert environment["name"] == PROJECT["name"]
+
+
+def test_every_dependency_is_locked_within_its_range():
+    from packaging.requirements import Requirement
+
+    locked = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    locked = {name.lower().replace("_", "-"): version for name, version in locked.items()}
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(locked[requirement.name.lower()]), text
+
+
+def test_every_import_of_helpers_is_a_named_dependency():
+    imported = set()
+    for path in (ROOT / "helpers").glob("*.py"):
+        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+    third = {m.lower() for m in imported if m not in sys.stdlib_module_names and m != "helpers"}
+    third = {{"sklearn": "scikit-learn"}.get(m, m) for m in third}
+    assert third <= names(PROJECT["dependencies"]), third - names(PROJECT["dependencies"])
+
+
+def test_slug_and_tag_are_the_same_everywhere():
+    for path in TEXTS:
+        text = path.read_text()
+        for slug in re.findall(r"github(?:\.com|)/([\w.-]+/course)\b", text):
+            assert slug == SLUG, path.name
+        for tag in re.findall(rf"{SLUG}/blob/(v[\d.]+)/|--branch (v[\d.]+)", text):
+            assert (tag[0] or tag[1]) == TAG, path.name
+
+
+def test_the_readmes_clone_command_works(tmp_path):
+    """The README's own line, against a local bare copy that stands in for the host."""
+    command = re.search(r"^git clone .*$", (ROOT / "README.md").read_text(), re.M)[0]
+    assert f"https://github.com/{SLUG}" in command and f"--branch {TAG}" in command
+    work, bare = tmp_path / "work", tmp_path / "bare.git"
+    work.mkdir()
+    (work / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", TAG]):
+        subprocess.run([*git, *arguments], cwd=work, check=True)
+    subprocess.run(["git", "clone", "-q", "--bare", str(work), str(bare)], check=True)
+    local = command.replace(f"https://github.com/{SLUG}.git", str(bare)).replace(f"https://github.com/{SLUG}", str(bare))
+    subprocess.run(local.split(), cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / command.split()[-1] / "pyproject.toml").exists()
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = set(re.search(r"\.PHONY: (.*)", makefile)[1].split())
+    if not shutil.which("make"):
+        pytest.skip("no make here")
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert phony == set(re.findall(r"make ([\w-]+)", shown))
+
+
+def test_nothing_unwanted_is_tracked():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    assert not [f for f in tracked if re.search(r"\.(safetensors|gguf|db|pyc|bin|pt)$|^runs/|^\.venv/|__pycache__|checkpoint", f)]
+
+
+def test_no_remote_code_and_no_pickle():
+    for path in (ROOT / "helpers").glob("*.py"):
+        text = path.read_text()
+        assert "trust_remote_code" not in text and "torch.load" not in text and "import pickle" not in text
+
+
+def test_helpers_stay_small():
+    import ast
+
+    total = 0
+    for path in (ROOT / "helpers").glob("*.py"):
+        source = path.read_text()
+        doc = set()
+        for node in ast.walk(ast.parse(source)):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], "value", None), ast.Constant) and isinstance(body[0].value.value, str):
+                doc |= set(range(body[0].lineno, body[0].end_lineno + 1))
+        total += sum(bool(line.strip()) and not line.strip().startswith("#") and i not in doc for i, line in enumerate(source.splitlines(), 1))
+    assert total <= 2000
+
+
+# ---------------------------------------------------------------- the runner
+
+
+def write_notebook(folder, *cells):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nbformat.write(notebook, folder / "small.ipynb")
+
+
+def test_execute_shows_cells_and_keeps_a_clean_copy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(course, "NOTEBOOKS", tmp_path)
+    write_notebook(tmp_path, "1 + 1", "print('hi')")
+    course.execute("small", tmp_path / "out" / "small.ipynb")
+    shown = capsys.readouterr().out
+    assert "small  cell 1/2  0:" in shown and "small  cell 2/2  0:" in shown and "done" in shown
+    kept = nbformat.read(tmp_path / "out" / "small.ipynb", as_version=4)
+    assert kept.cells[0].outputs[0].data["text/plain"] == "2" and kept.cells[1].outputs[0].text == "hi\n"
+    assert not nbformat.read(tmp_path / "small.ipynb", as_version=4).cells[0].outputs  # the source is untouched
+    assert "execution" not in kept.cells[0].metadata
+
+
+def test_a_failing_cell_is_named_and_the_rest_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "NOTEBOOKS", tmp_path)
+    write_notebook(tmp_path, "1", "1 / 0", "2")
+    with pytest.raises(CourseError, match="small stopped in cell 2 of 3") as error:
+        course.execute("small")
+    assert "ZeroDivisionError" in str(error.value)
+    assert (course.runs_dir() / "notebooks" / "small.failed.ipynb").exists()
+
+
+def test_one_sentence_instead_of_a_traceback(monkeypatch, capsys):
+    def fails(names):
+        raise CourseError("Do this next.")
+
+    monkeypatch.setattr(course, "refresh", fails)
+    monkeypatch.setattr(sys, "argv", ["course", "refresh"])
+    assert course.main() == 1
+    assert capsys.readouterr().err == "\nDo this next.\n"
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def stopped(names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(course, "refresh", stopped)
+    monkeypatch.setattr(sys, "argv", ["course", "refresh"])
+    assert course.main() == 130
+    assert "run the same command to go on" in capsys.readouterr().err

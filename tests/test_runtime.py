@@ -1,0 +1,133 @@
+"""Places, locks, torn builds, devices."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import runtime
+from helpers.runtime import ROOT, CourseError, building
+
+
+def test_places_follow_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "c"))
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "r"))
+    assert runtime.cache_dir() == tmp_path / "c" and runtime.runs_dir() == tmp_path / "r"
+    monkeypatch.delenv("COURSE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert runtime.cache_dir() == tmp_path / "x" / "first-llm-experiment"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "w"))
+    assert runtime.cache_dir() == tmp_path / "w" / "first-llm-experiment"
+
+
+def test_building_makes_it_once(tmp_path):
+    made = []
+    for _ in range(2):
+        with building(tmp_path / "thing") as scratch:
+            if scratch is not None:
+                scratch.write_text("whole")
+                made.append(1)
+    assert made == [1] and (tmp_path / "thing").read_text() == "whole"
+
+
+def test_an_error_leaves_nothing_of_that_name(tmp_path):
+    with pytest.raises(ValueError), building(tmp_path / "thing") as scratch:
+        scratch.write_text("half")
+        raise ValueError
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(CourseError, match="No space to make thing: .* MB free"), building(tmp_path / "thing", need_bytes=10**18):
+        pass
+    with pytest.raises(CourseError, match="The disk filled up while making thing"), building(tmp_path / "thing"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_killed_build_is_made_again(tmp_path):
+    code = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from helpers.runtime import building
+with building(Path({str(tmp_path)!r}) / "thing") as scratch:
+    scratch.write_text("torn")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "thing").exists() and list(tmp_path.glob("thing.part-*"))
+    with building(tmp_path / "thing") as scratch:
+        scratch.write_text("whole")
+    assert (tmp_path / "thing").read_text() == "whole" and not list(tmp_path.glob("thing.part-*"))
+
+
+def _build(folder, queue):
+    with building(folder / "thing") as scratch:
+        if scratch is not None:
+            queue.put(os.getpid())
+            time.sleep(0.3)
+            scratch.write_text("whole")
+
+
+def test_two_processes_build_it_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_build, args=(tmp_path, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    queue.get(timeout=5)
+    assert queue.empty() and (tmp_path / "thing").read_text() == "whole"
+
+
+class FakeGpu:
+    name, total_memory = "Tesla T4", 15.8e9
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(False, "float16"), (True, "bfloat16")])
+def test_a_gpu_without_bfloat16_units_computes_in_float16(monkeypatch, supported, dtype):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: FakeGpu)
+    # a T4 says True when emulation counts, as the bare call does
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported or including_emulation)
+    chosen = runtime.device.__wrapped__()
+    assert (chosen.kind, chosen.name, chosen.dtype_name) == ("cuda", "Tesla T4", dtype)
+
+
+@pytest.mark.parametrize(("ratio", "dtype"), [(3.0, "bfloat16"), (0.7, "float32")])
+def test_a_cpu_slow_at_bfloat16_computes_in_float32(monkeypatch, ratio, dtype):
+    monkeypatch.setattr(runtime, "bfloat16_speedup", lambda: ratio)
+    chosen = runtime.device.__wrapped__()
+    assert (chosen.kind, chosen.dtype_name) == ("cpu", dtype) and f"{ratio:.1f} times" in chosen.why
+
+
+def test_seeds_repeat():
+    import torch
+
+    runtime.seed_everything(3)
+    first = torch.rand(2).tolist()
+    runtime.seed_everything(3)
+    assert torch.rand(2).tolist() == first
+
+
+def test_memory_is_measured():
+    assert 0.01 < runtime.peak_memory_gb() < runtime.memory_gb()
+
+
+def test_import_is_light():
+    code = "import sys, helpers.runtime, helpers.flights, helpers.sql, helpers.recipes, helpers.models; print([m for m in ('torch', 'transformers', 'pandas', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
