@@ -56,7 +56,9 @@ def execute(name: str, target: Path | None = None) -> float:
         failed = runs_dir() / "notebooks" / f"{name}.failed.ipynb"
         failed.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, failed)
-        raise CourseError(f"{name} stopped in cell {done} of {cells} ({failed.name} under runs/notebooks/ has the rest): {str(error)[-1500:]}") from None
+        raise CourseError(
+            f"{name} stopped in cell {done} of {cells} ({failed.name} under runs/notebooks/ has the rest): {str(error)[-1500:]}"
+        ) from None
     clean_outputs(notebook)
     target = target or NOTEBOOKS / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,11 @@ import shutil
 import sys
 import time
 
-from helpers.runtime import CourseError, cache_dir, device, memory_gb, setup
+from helpers.runtime import CourseError, cache_dir, memory_gb, setup
 
 
 def check_python() -> str:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         raise CourseError(f"Python {platform.python_version()} is too old: install 3.11, 3.12 or 3.13.")
     return platform.python_version()
 

@@ -7,7 +7,16 @@ import functools
 def _pyplot():
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"figure.figsize": (7, 3.6), "figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "savefig.bbox": "tight"})
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7, 3.6),
+            "figure.dpi": 100,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 10,
+            "savefig.bbox": "tight",
+        }
+    )
     return plt
 
 

@@ -220,7 +220,7 @@ def fit(trainer, resume: bool = True) -> dict:
     An interrupt (Ctrl-C, the stop button) saves a checkpoint and says how to go on (CourseError).
     """
     from peft.helpers import disable_input_dtype_casting
-    from transformers import ProgressCallback, PrinterCallback
+    from transformers import PrinterCallback, ProgressCallback
 
     folder = Path(trainer.args.output_dir)
     for callback in (PrinterCallback, ProgressCallback):
@@ -274,8 +274,8 @@ def finish(trainer) -> dict:
 
 def export_adapter(model, target: Path) -> Path:
     """Writes the adapter for others: safetensors and adapter_config.json only; no pickle, no path of this machine."""
-    from safetensors.torch import save_file
     from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
     if target.exists():
         shutil.rmtree(target)

@@ -1,6 +1,5 @@
 """Where things are, what the machine can do, and how to write files that are never half there."""
 
-import ctypes
 import functools
 import logging
 import os
@@ -161,19 +160,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def keep_freed_memory() -> bool:
-    """Asks glibc to keep freed tensors for reuse instead of giving them back after every free. True if it was done.
-
-    The same as MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2**31-1 set before Python starts (mallopt(3)).
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False  # not glibc: nothing to do
-    m_mmap_max, m_trim_threshold = -4, -1
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
-
-
 def setup(seed: int = 0) -> Device:
     """First call of every notebook: quiet libraries, a fixed seed, the device. Takes about 3 s (imports torch)."""
     for name, value in {
@@ -187,6 +173,5 @@ def setup(seed: int = 0) -> Device:
     for name in ("bitsandbytes", "transformers", "trl", "peft", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    keep_freed_memory()
     seed_everything(seed)
     return device()

@@ -65,7 +65,12 @@ def recorded_rows() -> list[dict]:
 def sweep_points(name: str, x: str, everything: int) -> list[dict]:
     """A recorded sweep as points for a plot: x (`everything` where the recipe sets no limit), accuracy, seed, steps."""
     return [
-        {x: run["recipe"][x] or everything, "accuracy": score(run["splits"]["validation"]["records"]).accuracy, "seed": run["seed"], "steps": run["recipe"]["steps"]}
+        {
+            x: run["recipe"][x] or everything,
+            "accuracy": score(run["splits"]["validation"]["records"]).accuracy,
+            "seed": run["seed"],
+            "steps": run["recipe"]["steps"],
+        }
         for run in recorded(name)
     ]
 

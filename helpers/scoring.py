@@ -113,7 +113,7 @@ def tie_variants(sql: str) -> list[str]:
 
     When both return the same, no tie decides the answer.
     """
-    match = re.fullmatch(r"(.*\bORDER BY [^()]*(?:\([^()]*\))?[^()]*?)(\s+LIMIT \d+)?", sql.strip(), re.S | re.I)
+    match = re.fullmatch(r"(.*\bORDER BY [^()]*?(?:\([^()]*\))?[^()]*?)(\s+LIMIT \d+)?", sql.strip(), re.S | re.I)
     if not match:
         return []
     columns = len(re.match(r"SELECT (.*?) FROM", sql, re.S | re.I).group(1).split(", ")) if re.match(r"SELECT .*? FROM", sql, re.S | re.I) else 1
@@ -221,7 +221,12 @@ class Judge:
         sql = extract_sql(answer)
         refused = REFUSAL.lower().rstrip(".") in answer.lower().replace("’", "'")
         if reference == REFUSAL:
-            return {"correct": refused and not sql, "kind": "right" if refused and not sql else "answered the unanswerable", "sql": sql, "single": refused and not sql}
+            return {
+                "correct": refused and not sql,
+                "kind": "right" if refused and not sql else "answered the unanswerable",
+                "sql": sql,
+                "single": refused and not sql,
+            }
         if refused or not sql:
             return {"correct": False, "kind": "refused" if refused else "no query", "sql": sql, "single": False}
         if " ".join(sql.split()) == " ".join(reference.split()):

@@ -133,7 +133,10 @@ def test_ask_the_base_model():
 # ---------------------------------------------------------------- scoreboard, sweeps, plots
 
 
-RECORDS = [{"id": str(i), "intent": "count", "phrasing": f"count/{i}", "correct": i % 2 == 0, "kind": "right" if i % 2 == 0 else "no query"} for i in range(10)]
+RECORDS = [
+    {"id": str(i), "intent": "count", "phrasing": f"count/{i}", "correct": i % 2 == 0, "kind": "right" if i % 2 == 0 else "no query"}
+    for i in range(10)
+]
 
 
 def test_scoreboard_replaces_and_orders():
@@ -175,7 +178,12 @@ def test_sweeps_run_writes_after_each_point_and_goes_on(monkeypatch, tmp_path):
         made.append(point["seed"])
         if len(made) == 2:
             raise KeyboardInterrupt
-        return {"stage": "zero-shot", "seed": point["seed"], "key": sweeps.key(sweep, point), "splits": {"validation": {"seconds": 1, "records": RECORDS}}}
+        return {
+            "stage": "zero-shot",
+            "seed": point["seed"],
+            "key": sweeps.key(sweep, point),
+            "splits": {"validation": {"seconds": 1, "records": RECORDS}},
+        }
 
     monkeypatch.setattr(sweeps, "run_point", run_point)
     with pytest.raises(KeyboardInterrupt):
@@ -190,7 +198,10 @@ def test_sweeps_run_writes_after_each_point_and_goes_on(monkeypatch, tmp_path):
 
 
 def test_nearest_question_and_shots():
-    train = [{"question": q, "sql": s, "intent": i, "style": "bare"} for q, s, i in [("flights to Boston", "A", "count"), ("average delay", "B", "x"), ("longest trip", "C", "y")]]
+    train = [
+        {"question": q, "sql": s, "intent": i, "style": "bare"}
+        for q, s, i in [("flights to Boston", "A", "count"), ("average delay", "B", "x"), ("longest trip", "C", "y")]
+    ]
     neighbours = baselines.Neighbours(train)
     assert neighbours.nearest("how many flights to boston?")[0]["sql"] == "A"
     assert [r["sql"] for r in neighbours.nearest("the average delays", 2)][-1] == "B"  # the nearest stands last
@@ -206,7 +217,10 @@ def test_plots_have_labelled_axes():
     import matplotlib
 
     matplotlib.use("Agg")
-    rows = [scoreboard.row("zero-shot", "test", scoring.score(RECORDS), 1), scoreboard.row("sft", "test", scoring.score(RECORDS), 1, source="recorded")]
+    rows = [
+        scoreboard.row("zero-shot", "test", scoring.score(RECORDS), 1),
+        scoreboard.row("sft", "test", scoring.score(RECORDS), 1, source="recorded"),
+    ]
     points = [{"examples": n, "accuracy": 0.5, "seed": s} for n in (10, 100) for s in (0, 1)]
     figures = [
         plots.accuracy_bars(rows, "t"),

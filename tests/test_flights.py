@@ -21,9 +21,13 @@ def write(tmp_path, content: bytes):
 
 def test_database_is_the_real_one():
     connection = sql.connect(flights.database_path())
-    assert sql.execute(connection, "SELECT COUNT(*), SUM(dep_time IS NULL), COUNT(DISTINCT dest), MAX(dep_delay) FROM flights").rows == [(336776, 8255, 105, 1301)]
+    assert sql.execute(connection, "SELECT COUNT(*), SUM(dep_time IS NULL), COUNT(DISTINCT dest), MAX(dep_delay) FROM flights").rows == [
+        (336776, 8255, 105, 1301)
+    ]
     assert sql.execute(connection, "SELECT COUNT(*) FROM airports").rows == [(1458,)]
-    assert sql.execute(connection, "SELECT DISTINCT airline, dest_city FROM flights WHERE carrier = 'DL' AND dest = 'BOS'").rows == [("Delta Air Lines Inc.", "Boston")]
+    assert sql.execute(connection, "SELECT DISTINCT airline, dest_city FROM flights WHERE carrier = 'DL' AND dest = 'BOS'").rows == [
+        ("Delta Air Lines Inc.", "Boston")
+    ]
 
 
 def test_perturbed_instances_differ_but_keep_what_belongs_together():
@@ -74,7 +78,9 @@ def test_all_problems_are_listed_up_to_ten(tmp_path):
     assert str(error.value).count("not JSON") == 10 and "5 more" in str(error.value)
 
 
-@pytest.mark.parametrize("change", [lambda c: c.replace(b"\n", b"\r\n"), lambda c: b"\xef\xbb\xbf" + c, lambda c: c + b"\n\n", lambda c: c.rstrip(b"\n")])
+@pytest.mark.parametrize(
+    "change", [lambda c: c.replace(b"\n", b"\r\n"), lambda c: b"\xef\xbb\xbf" + c, lambda c: c + b"\n\n", lambda c: c.rstrip(b"\n")]
+)
 def test_windows_line_ends_and_byte_order_marks_are_read(tmp_path, change):
     assert flights.read_jsonl(write(tmp_path, change(GOOD))) == [{"question": "how many?", "sql": "SELECT COUNT(*) FROM flights"}]
 

@@ -49,7 +49,12 @@ def problems(notebook, name: str) -> list[str]:
     if any(o.get("name") == "stderr" for o in outputs):
         found.append("something on stderr")
     text = json.dumps([o.get("text", "") or {k: v for k, v in o.get("data", {}).items() if not k.startswith("image/")} for o in outputs])
-    for what, pattern in {"a machine's path": MACHINE_PATH, "a token": TOKEN, "a warning": re.compile(r"Warning:|WARNING"), "progress debris": re.compile(r"it/s|\d+%\|")}.items():
+    for what, pattern in {
+        "a machine's path": MACHINE_PATH,
+        "a token": TOKEN,
+        "a warning": re.compile(r"Warning:|WARNING"),
+        "progress debris": re.compile(r"it/s|\d+%\|"),
+    }.items():
         if match := pattern.search(text):
             found.append(f"{what} in an output: {match[0]}")
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")):
@@ -84,11 +89,19 @@ BREAK = {
     "set-up": lambda nb: next(c for c in nb.cells if c.cell_type == "code").update(source="1"),
     "too long": lambda nb: next(c for c in nb.cells if c.cell_type == "code").update(source="runtime.setup()\n" + "x = 1\n" * 20),
     "one run": lambda nb: next(c for c in nb.cells if c.cell_type == "code").update(execution_count=9),
-    "traceback": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])),
+    "traceback": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(
+        nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
+    ),
     "stderr": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(nbformat.v4.new_output("stream", name="stderr", text="x")),
-    "path": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(nbformat.v4.new_output("stream", name="stdout", text="in /home/me/x")),
-    "token": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(nbformat.v4.new_output("stream", name="stdout", text="hf_" + "a" * 30)),
-    "progress": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(nbformat.v4.new_output("stream", name="stdout", text="50%|##")),
+    "path": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(
+        nbformat.v4.new_output("stream", name="stdout", text="in /home/me/x")
+    ),
+    "token": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(
+        nbformat.v4.new_output("stream", name="stdout", text="hf_" + "a" * 30)
+    ),
+    "progress": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(
+        nbformat.v4.new_output("stream", name="stdout", text="50%|##")
+    ),
     "nowhere": lambda nb: nb.cells[0].update(source=nb.cells[0].source + "\n[x](gone.ipynb)"),
 }
 

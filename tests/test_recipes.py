@@ -17,7 +17,9 @@ ROWS = [{"question": f"how many flights left in month {m}", "sql": f"SELECT COUN
 
 
 def trainer(folder, recipe=TINY, bits=4, **changes):
-    return recipes.make_trainer(recipe, models.load_model(bits), models.load_tokenizer(), ROWS, folder, **{"logging_steps": 1, "save_steps": 2} | changes)
+    return recipes.make_trainer(
+        recipe, models.load_model(bits), models.load_tokenizer(), ROWS, folder, **{"logging_steps": 1, "save_steps": 2} | changes
+    )
 
 
 # ---------------------------------------------------------------- what needs no model
@@ -64,7 +66,13 @@ def test_trl_still_casts_and_the_cure_restores_dtype_and_values():
 
     model = models.load_model(4)
     args = recipes.sft_config(TINY, ROOT / "runs" / "never")
-    built = SFTTrainer(model=model, args=args, train_dataset=recipes.training_set(ROWS), processing_class=models.load_tokenizer(), peft_config=recipes.lora_config(TINY))
+    built = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=recipes.training_set(ROWS),
+        processing_class=models.load_tokenizer(),
+        peft_config=recipes.lora_config(TINY),
+    )
     adapters = {n: p for n, p in built.model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in adapters.values()} == {torch.bfloat16}  # when this fails, TRL no longer needs the cure
     state = {n: torch.randn(p.shape) for n, p in adapters.items()}

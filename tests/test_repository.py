@@ -16,7 +16,17 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SLUG = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 TAG = "v" + PROJECT["version"]
-TEXTS = [p for p in (ROOT / "README.md", ROOT / "data/README.md", ROOT / "environment.yml", *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "helpers").glob("*.py")) if p.exists()]
+TEXTS = [
+    p
+    for p in (
+        ROOT / "README.md",
+        ROOT / "data/README.md",
+        ROOT / "environment.yml",
+        *(ROOT / "notebooks").glob("*.ipynb"),
+        *(ROOT / "helpers").glob("*.py"),
+    )
+    if p.exists()
+]
 
 
 def names(requirements):
@@ -106,7 +116,13 @@ def test_helpers_stay_small():
         doc = set()
         for node in ast.walk(ast.parse(source)):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], "value", None), ast.Constant) and isinstance(body[0].value.value, str):
+            if (
+                isinstance(body, list)
+                and body
+                and isinstance(body[0], ast.Expr)
+                and isinstance(getattr(body[0], "value", None), ast.Constant)
+                and isinstance(body[0].value.value, str)
+            ):
                 doc |= set(range(body[0].lineno, body[0].end_lineno + 1))
         total += sum(bool(line.strip()) and not line.strip().startswith("#") and i not in doc for i, line in enumerate(source.splitlines(), 1))
     assert total <= 2000

@@ -79,6 +79,7 @@ def test_same_result(predicted, expected, ordered, same):
 
 def test_tie_variants():
     assert scoring.tie_variants("SELECT a FROM flights") == []
+    assert scoring.tie_variants("SELECT a FROM flights ORDER BY b DESC LIMIT 1")[0] == "SELECT a FROM flights ORDER BY b DESC, 1 ASC LIMIT 1"
     assert scoring.tie_variants("SELECT a, b FROM flights GROUP BY a ORDER BY COUNT(*) DESC LIMIT 3") == [
         "SELECT a, b FROM flights GROUP BY a ORDER BY COUNT(*) DESC, 1 ASC, 2 ASC LIMIT 3",
         "SELECT a, b FROM flights GROUP BY a ORDER BY COUNT(*) DESC, 1 DESC, 2 DESC LIMIT 3",
@@ -210,7 +211,13 @@ def test_paired_difference():
 
 @pytest.mark.slow
 def test_answers_do_not_depend_on_batch_size_or_prefix_cache(model32, tokenizer):
-    asked = ["How many flights left JFK?", "avg delay", "Which airline has the most flights to Boston in July, and how many are they?", "longest flight from Newark please", "hi"]
+    asked = [
+        "How many flights left JFK?",
+        "avg delay",
+        "Which airline has the most flights to Boston in July, and how many are they?",
+        "longest flight from Newark please",
+        "hi",
+    ]
     for system in (flights.SYSTEM_PROMPT, flights.SCHEMA_PROMPT):  # a short prompt, and one long enough for the prefix cache
         chats = [flights.chat(q, system) for q in asked]
         one = [scoring.generate(model32, tokenizer, [c], max_new_tokens=24)[0] for c in chats]  # alone: no prefix is shared

@@ -1,12 +1,14 @@
 """Makes train, validation, test, unanswerable and near_miss (.jsonl) from phrasings/*.toml and intents.py.
 
-    python data/questions/make_questions.py            # writes the files beside this script
+    python data/questions/make_questions.py            # writes the files beside this script, and the datasheet's table
     python data/questions/make_questions.py --check    # makes them again in memory and compares, byte for byte
 
 Deterministic: the same inputs give the same bytes. A question is kept only when its reference returns something (not
-empty, not NULL, not a lone 0) and no tie decides its answer. `freeform.jsonl` isn't made here: it was written by hand.
+empty, not NULL, not a lone 0) and no tie decides its answer. `freeform.jsonl` isn't made here: its questions were written
+one by one.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -22,7 +24,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 from intents import INTENTS, UNANSWERABLE  # noqa: E402
 
-from helpers.flights import REFUSAL, database_path  # noqa: E402
+from helpers.flights import REFUSAL, SPLITS, database_path, ngrams, read_jsonl  # noqa: E402
 from helpers.scoring import tie_variants  # noqa: E402
 
 SIXTH = 6
@@ -138,7 +140,7 @@ def query(intent, values: dict, conditions: list[str], styled: bool) -> str:
     own = [intent.where.format(**values)] if intent.where else []
     if intent.name == "pct_airline":
         conditions = [c for c in conditions if c != values["airline"]]
-    where = " WHERE " + " AND ".join(conditions + own) if conditions + own else ""
+    where = " WHERE " + " AND ".join(own + conditions) if own + conditions else ""
     return (intent.styled if styled else intent.bare).format(w=where, **values)
 
 
@@ -169,19 +171,23 @@ class Checker:
         return self.known[sql]
 
 
-def make(split: str, phrasings: dict[str, list[str]], per_phrasing: int, flights: list[dict], checker: Checker, want_held_out: float) -> list[dict]:
-    """`want_held_out` of the questions are tried with held-out values first (0: none of them may have one)."""
+def make(split: str, phrasings: dict[str, list[str]], plain: int, flights: list[dict], checker: Checker, again: float) -> list[dict]:
+    """`plain` questions a phrasing, and for the share `again` of them one more, with held-out values (0: no such value at all)."""
     rng, rows, questions = random.Random(split), [], set()
-    unseen = [f for f in flights if AIRLINES.get(f["carrier"]) in HELD_OUT["airline"] or f["dest_city"] in HELD_OUT["dest"] or f["month"] in HELD_OUT["month"]]
+    unseen = [
+        f
+        for f in flights
+        if AIRLINES.get(f["carrier"]) in HELD_OUT["airline"] or f["dest_city"] in HELD_OUT["dest"] or f["month"] in HELD_OUT["month"]
+    ]
     for name in sorted(phrasings):
         for number, phrasing in enumerate(phrasings[name]):
             made = 0
-            wants = [rng.random() < want_held_out for _ in range(per_phrasing)]
+            wants = [False] * plain + [True] * (rng.random() < again)
             for _ in range(60):
-                if made == per_phrasing or (made and "{" not in phrasing):
+                if made == len(wants) or (made and "{" not in phrasing):
                     break
                 filled = fill(phrasing, rng.choice(unseen if wants[made] else flights), rng)
-                if filled is None or (not want_held_out and held_out(filled[1])):
+                if filled is None or (not again and held_out(filled[1])):
                     continue
                 question, values, conditions = filled
                 if split == "train" and rng.random() < 0.12:
@@ -219,23 +225,43 @@ def read(pattern: str) -> dict[str, list[str]]:
     return merged
 
 
+def table() -> str:
+    """The datasheet's table: size and sha256 of each file, and how much of its wording training has already shown."""
+    splits = {split: read_jsonl(HERE / f"{split}.jsonl") for split in SPLITS}
+    seen = {gram for row in splits["train"] for gram in ngrams(row["question"])}
+    exact = {" ".join(re.findall(r"\w+", row["question"].lower())) for row in splits["train"]}
+    lines = ["| file | questions | phrasings | word triples seen in training | questions seen in training | sha256 |", "|---|---|---|---|---|---|"]
+    for split, rows in splits.items():
+        shares = [len(grams & seen) / len(grams) for row in rows if (grams := ngrams(row["question"]))]
+        same = sum(" ".join(re.findall(r"\w+", row["question"].lower())) in exact for row in rows)
+        overlap = "– | –" if split == "train" else f"{sum(shares) / len(shares):.0%} on average | {same}"
+        phrasings = len({row.get("phrasing", row["id"]) for row in rows})
+        digest = hashlib.sha256((HERE / f"{split}.jsonl").read_bytes()).hexdigest()
+        lines.append(f"| questions/{split}.jsonl | {len(rows):,} | {phrasings:,} | {overlap} | `{digest}` |")
+    for path in sorted((HERE.parent / "nycflights").glob("*.parquet")):
+        lines.append(f"| nycflights/{path.name} | {len(pd.read_parquet(path)):,} rows | | | | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |")
+    return "\n".join(lines)
+
+
 def main(check: bool) -> None:
-    frame = pd.read_parquet(HERE.parent / "nycflights" / "flights.parquet", columns=["month", "day", "hour", "carrier", "origin", "dest", "dest_city"])
+    frame = pd.read_parquet(
+        HERE.parent / "nycflights" / "flights.parquet", columns=["month", "day", "hour", "carrier", "origin", "dest", "dest_city"]
+    )
     frame = frame.iloc[SIXTH - 1 :: SIXTH]  # rowids count from 1
     # some drawn evenly over the airlines, so that small ones are asked about too
     even = pd.concat([g.sample(300, random_state=0, replace=True) for _, g in frame.groupby("carrier")])
     flights = pd.concat([frame.sample(8000, random_state=0), even]).to_dict("records")
     checkers = {ties: Checker(ties) for ties in (False, True)}
-    plan = {  # split: phrasing files, questions a phrasing, share with held-out values
+    plan = {  # split: phrasing files, questions a phrasing, share asked once more with held-out values
         "train": ("train_*.toml", TRAIN_PER_PHRASING, 0.0),
         "validation": ("validation.toml", 1, 0.0),
-        "test": ("test.toml", 2, 0.25),
-        "unanswerable": ("unanswerable_test.toml", 2, 0.25),
-        "near_miss": ("near_miss_test.toml", 2, 0.25),
+        "test": ("test.toml", 1, 0.45),
+        "unanswerable": ("unanswerable_test.toml", 1, 1.0),
+        "near_miss": ("near_miss_test.toml", 1, 1.0),
     }
     stale = []
-    for split, (pattern, per_phrasing, share) in plan.items():
-        rows = make(split, read(pattern), per_phrasing, flights, checkers[split != "train"], share)
+    for split, (pattern, plain, again) in plan.items():
+        rows = make(split, read(pattern), plain, flights, checkers[split != "train"], again)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = HERE / f"{split}.jsonl"
         if not check:
@@ -243,6 +269,13 @@ def main(check: bool) -> None:
         elif path.read_bytes() != text.encode():
             stale.append(path.name)
         print(f"{split:13} {len(rows):5} questions, {len({r['phrasing'] for r in rows}):5} phrasings, {len({r['intent'] for r in rows}):3} intents")
+    sheet = HERE.parent / "README.md"
+    old = sheet.read_text(encoding="utf-8")
+    new = re.sub(r"(?<=<!-- table -->\n).*?(?=\n<!-- end -->)", lambda _: table(), old, flags=re.S)
+    if not check:
+        sheet.write_bytes(new.encode())
+    elif new != old:
+        stale.append(sheet.name)
     if stale:
         raise SystemExit(f"not what the script makes: {', '.join(stale)}; run this script and commit the files")
 
