@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 install: $(VENV)/installed ## make .venv with everything in it
 
-course: install ## run the core course headless and print the scoreboard (FRESH=1: reuse nothing)
+course: install ## run the core course headless and print the scoreboard (FRESH=1: reuse nothing, neither runs nor the cached model)
 	@$(RUN) -m helpers.course run $(if $(FRESH),--fresh)
 
 test: install ## every test: unit tests, then nbval over every notebook

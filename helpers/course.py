@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -35,12 +36,16 @@ def execute(name: str, target: Path | None = None) -> float:
 
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     cells = sum(c.cell_type == "code" for c in notebook.cells)
-    start, done = time.perf_counter(), 0
+    start, done, live, over = time.perf_counter(), 0, sys.stdout.isatty(), threading.Event()
 
     def show(ending=""):
         gone = time.perf_counter() - start
         line = f"{name}  cell {done}/{cells}  {int(gone // 60)}:{int(gone % 60):02d}{ending}"
-        print(f"\r{line}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() and not ending else "\n", flush=True)
+        print(f"\r{line}" if live else line, end="" if live and not ending else "\n", flush=True)
+
+    def tick():
+        while not over.wait(1):
+            show()
 
     def on_cell(cell, cell_index, **_):
         nonlocal done
@@ -50,6 +55,8 @@ def execute(name: str, target: Path | None = None) -> float:
 
     os.environ["COURSE_PROGRESS"] = "0"  # bars are for people; a stored notebook keeps none
     client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}, on_cell_start=on_cell)
+    if live:
+        threading.Thread(target=tick, daemon=True).start()
     try:
         client.execute()
     except CellExecutionError as error:
@@ -59,6 +66,8 @@ def execute(name: str, target: Path | None = None) -> float:
         raise CourseError(
             f"{name} stopped in cell {done} of {cells} ({failed.name} under runs/notebooks/ has the rest): {str(error)[-1500:]}"
         ) from None
+    finally:
+        over.set()
     clean_outputs(notebook)
     target = target or NOTEBOOKS / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,12 +104,21 @@ def exam() -> None:
             print(f"{result['accuracy']:.0%} in {seconds:.0f} s", flush=True)
 
 
-def run(fresh: bool) -> None:
-    from helpers import recipes, runtime, scoreboard
+def start_over() -> None:
+    """Removes what earlier runs made, and points the cache at an empty folder: nothing is reused, nothing shared is lost."""
+    for pattern in ("sft-*", "notebooks", "cache", "scoreboard.*"):
+        for path in runs_dir().glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.environ["COURSE_CACHE"] = str(runs_dir() / "cache")
 
+
+def run(fresh: bool) -> None:
+    """`make course`: everything made that is needed, the core notebooks, the exam, the scoreboard."""
     start = time.perf_counter()
     if fresh:
-        shutil.rmtree(runs_dir())
+        start_over()
+    from helpers import plots, recipes, runtime, scoreboard
+
     print(f"running on {runtime.setup().name}: {runtime.device().why}")
     prepare()
     adapter = recipes.SFTRecipe().folder() / "adapter" / "adapter_config.json"
@@ -112,7 +130,9 @@ def run(fresh: bool) -> None:
     for recorded in scoreboard.recorded_rows():
         scoreboard.add(recorded)
     print("\n" + scoreboard.table().to_string(index=False))
-    print(f"\n{scoreboard.scoreboard_path().name} is in {runs_dir().name}/; {(time.perf_counter() - start) / 60:.1f} minutes in all")
+    best = [r for r in scoreboard.rows() if r["split"] == "test" and (r["stage"] != "sft" or r["source"] == "live")]
+    plots.accuracy_bars(best, f"{best[0]['n']} test questions, in phrasings never trained on").savefig(runs_dir() / "scoreboard.png")
+    print(f"\nscoreboard.json and scoreboard.png are in {runs_dir().name}/; {(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
 def refresh(names: list[str]) -> None:

@@ -4,10 +4,11 @@ import json
 import os
 from pathlib import Path
 
+from helpers import baselines
 from helpers.runtime import DATA, runs_dir
 from helpers.scoring import Score, score
 
-STAGES = ("zero-shot", "3-shot", "8-shot", "retrieved-8-shot", "nearest-question", "sft")
+STAGES = (*baselines.STAGES, "sft")
 RESULTS = DATA / "results"
 
 

@@ -55,6 +55,8 @@ def key(sweep: str, point: dict) -> str:
 
 def run_point(sweep: str, point: dict) -> dict:
     """Runs one point and returns its record."""
+    import torch
+
     tokenizer = models.load_tokenizer()
     start, recipe, losses = time.perf_counter(), point.get("recipe"), None
     if recipe:
@@ -78,7 +80,7 @@ def run_point(sweep: str, point: dict) -> dict:
     return {
         "stage": point["stage"], "seed": point["seed"], "key": key(sweep, point), "recipe": dataclasses.asdict(recipe) if recipe else None,
         "train_seconds": round(trained, 1) if recipe else None, "losses": losses, "versions": versions,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {device().kind}, {device().dtype_name}", "splits": parts,
+        "machine": f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}, {device().kind}, {device().dtype_name}", "splits": parts,
     }  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
 
 from helpers import ask, baselines, doctor, flights, plots, scoreboard, scoring, sweeps
-from helpers.runtime import CourseError
+from helpers.runtime import ROOT, CourseError
 
 # ---------------------------------------------------------------- doctor
 
@@ -130,6 +132,20 @@ def test_ask_the_base_model():
     assert set(reply) == {"question", "sql", "columns", "rows", "error"} and (reply["sql"] or reply["error"])
 
 
+@pytest.mark.slow
+def test_nothing_needs_a_network():
+    """The model answers in a process without any network (Linux; elsewhere, or where that is forbidden, skipped)."""
+    alone = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no network namespaces here")
+    reach = "import socket; socket.create_connection(('1.1.1.1', 53), timeout=2)"
+    assert subprocess.run([*alone, sys.executable, "-c", reach], capture_output=True).returncode  # there really is none
+    command = [*alone, sys.executable, "-m", "helpers.ask", "--stage", "base", "--jsonl"]
+    done = subprocess.run(command, cwd=ROOT, input="How many flights left JFK in July?\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["question"] == "How many flights left JFK in July?"
+
+
 # ---------------------------------------------------------------- scoreboard, sweeps, plots
 
 
@@ -152,7 +168,9 @@ def test_scoreboard_replaces_and_orders():
 
 
 def test_records_are_current():
-    assert sweeps.stale() == [], "recorded runs are stale: make sweeps"
+    for sweep, points in sweeps.plan().items():
+        current = {sweeps.key(sweep, p) for p in points}
+        assert {r["key"] for r in scoreboard.recorded(sweep)} <= current, f"{sweep}: recorded runs are stale: make sweeps"
 
 
 def test_a_changed_recipe_is_stale(monkeypatch):

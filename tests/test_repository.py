@@ -9,7 +9,7 @@ import tomllib
 import nbformat
 import pytest
 
-from helpers import course
+from helpers import course, runtime
 from helpers.runtime import ROOT, CourseError
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -155,6 +155,17 @@ def test_a_failing_cell_is_named_and_the_rest_kept(tmp_path, monkeypatch):
         course.execute("small")
     assert "ZeroDivisionError" in str(error.value)
     assert (course.runs_dir() / "notebooks" / "small.failed.ipynb").exists()
+
+
+def test_starting_over_removes_only_what_the_course_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "elsewhere"))
+    for name in ("sft-1/adapter/x", "notebooks/00.ipynb", "cache/old", "scoreboard.json", "thesis.docx", "photos/me.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    course.start_over()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "thesis.docx"]
+    assert runtime.cache_dir() == tmp_path / "cache"  # an empty one
 
 
 def test_one_sentence_instead_of_a_traceback(monkeypatch, capsys):

@@ -19,6 +19,7 @@ EXTRACT = {
     "SELECT ';' FROM flights; DROP TABLE flights": "SELECT ';' FROM flights",
     "SELECT 'it''s; fine' FROM flights": "SELECT 'it''s; fine' FROM flights",
     "Here: with a as (select 1) select * from a": "with a as (select 1) select * from a",
+    "WITH RECURSIVE t(n) AS (SELECT 1) SELECT n FROM t": "WITH RECURSIVE t(n) AS (SELECT 1) SELECT n FROM t",
     "```sql\nSELECT 1;\n```\n```sql\nSELECT 2\n```": "SELECT 1",
     "I can't help with that.": "",
     "": "",
@@ -204,6 +205,15 @@ def test_paired_difference():
     assert scoring.paired_difference(a, a) == (0.0, 0.0, 0.0)
     with pytest.raises(CourseError, match="same questions"):
         scoring.paired_difference(a, b[::-1])
+
+
+def test_pooled_seeds_count_by_their_share():
+    a, b = rows(lambda i, p, e: True), rows(lambda i, p, e: p > 0)
+    both = scoring.pooled([a, b])
+    assert [r["correct"] for r in both] == [0.5] * 5 + [1.0] * 15
+    assert scoring.paired_difference(both, b)[0] == 0.125
+    with pytest.raises(CourseError, match="same questions"):
+        scoring.pooled([a, b[::-1]])
 
 
 # ---------------------------------------------------------------- generation
