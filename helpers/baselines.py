@@ -6,6 +6,9 @@ from helpers import flights, scoring
 
 STAGES = ("zero-shot", "3-shot", "8-shot", "retrieved-8-shot", "nearest-question")
 
+# Without an example to follow, the model answers in prose unless the question itself asks for a query.
+ZERO_SHOT = "Write one SQLite query on the table flights that answers this question: "
+
 
 class Neighbours:
     """The training questions nearest in words: TF-IDF over word and character n-grams, cosine similarity."""
@@ -30,6 +33,8 @@ def answer(stage: str, questions, model=None, tokenizer=None, train=None, progre
         start = time.perf_counter()
         neighbours = Neighbours(train)
         return [neighbours.nearest(q["question"])[0]["sql"] for q in questions], time.perf_counter() - start
+    if stage == "zero-shot":
+        questions = [dict(q, question=ZERO_SHOT + q["question"]) for q in questions]
     return scoring.ask(model, tokenizer, questions, flights.SCHEMA_PROMPT, shots_for(stage, train), progress)
 
 

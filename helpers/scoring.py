@@ -330,6 +330,8 @@ def score(records, draws: int = 2000, seed: int = 0) -> Score:
     """Accuracy with a 95 % bootstrap interval that resamples phrasings within intents, not single questions.
 
     Where an intent has a single phrasing its stratum has no spread to resample, so all phrasings then form one stratum.
+    Where all answers are right, or all wrong, nothing varies: the open end is then the exact binomial bound (Clopper and
+    Pearson 1934) for as many trials as there are phrasings.
     """
     import numpy as np
 
@@ -337,6 +339,11 @@ def score(records, draws: int = 2000, seed: int = 0) -> Score:
     if not right:
         raise CourseError("There is nothing to score: no questions.")
     low, high = np.quantile(_bootstrap(right, _strata_or_flat(records), draws, seed), [0.025, 0.975])
+    bound = 0.025 ** (1 / len(_clusters(records)))
+    if all(right):
+        low = bound
+    if not any(right):
+        high = 1 - bound
     return Score(len(right), sum(right), sum(right) / len(right), float(low), float(high))
 
 

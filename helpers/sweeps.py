@@ -47,7 +47,7 @@ def key(sweep: str, point: dict) -> str:
     """A hash of all that decides the result: recipe or baseline, its prompt, and the questions' bytes."""
     import hashlib
 
-    parts = [point["stage"], point["recipe"].key() if "recipe" in point else [flights.SCHEMA_PROMPT, models.COURSE_MODEL]]
+    parts = [point["stage"], point["recipe"].key() if "recipe" in point else [flights.SCHEMA_PROMPT, baselines.ZERO_SHOT, models.COURSE_MODEL]]
     names = ("validation", "test", "freeform", "train") if sweep in ("baselines", "sft") else ("validation",)
     parts += [hashlib.sha256((flights.QUESTIONS / f"{n}.jsonl").read_bytes()).hexdigest() for n in names]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]

@@ -175,8 +175,10 @@ def rows(right, intents=1, phrasings=4, each=5):
 
 
 def test_score_of_all_right_and_all_wrong():
-    assert scoring.score(rows(lambda *_: True)) == scoring.Score(20, 20, 1.0, 1.0, 1.0)
-    assert scoring.score(rows(lambda *_: False)) == scoring.Score(20, 0, 0.0, 0.0, 0.0)
+    # four phrasings: 0.025 ** (1 / 4) = 0.3976
+    right, wrong = scoring.score(rows(lambda *_: True)), scoring.score(rows(lambda *_: False))
+    assert (right.n, right.correct, right.accuracy, round(right.low, 4), right.high) == (20, 20, 1.0, 0.3976, 1.0)
+    assert (wrong.n, wrong.correct, wrong.accuracy, wrong.low, round(wrong.high, 4)) == (20, 0, 0.0, 0.0, 0.6024)
     with pytest.raises(CourseError, match="no questions"):
         scoring.score([])
 
