@@ -79,11 +79,12 @@ def arm(name: str, keep: bool) -> dict:
         from trl import SFTConfig, SFTTrainer
 
         rows = recipes.training_set(flights.load_questions("train"))
-        # what can't be left out: a folder, the steps of this benchmark, and no bars in its output
+        # what can't be left out: a folder, the processor, the steps of this benchmark, and no bars in its output
         args = SFTConfig(
             str(folder),
             per_device_train_batch_size=recipe.batch_size,
             max_steps=STEPS + WARM,
+            use_cpu=where.kind == "cpu",  # bf16 is TRL's default, and without a GPU it is refused unless this is said
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",

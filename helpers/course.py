@@ -54,7 +54,9 @@ def execute(name: str, target: Path | None = None) -> float:
             show()
 
     os.environ["COURSE_PROGRESS"] = "0"  # bars are for people; a stored notebook keeps none
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}, on_cell_start=on_cell)
+    quiet = ["--log-level=ERROR"]  # the kernel's own advice on encryption between it and this process
+    place = {"metadata": {"path": str(NOTEBOOKS)}}
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", extra_arguments=quiet, resources=place, on_cell_start=on_cell)
     if live:
         threading.Thread(target=tick, daemon=True).start()
     try:

@@ -87,6 +87,12 @@ def test_the_readmes_clone_command_works(tmp_path):
     assert (tmp_path / command.split()[-1] / "pyproject.toml").exists()
 
 
+@pytest.mark.parametrize("path", ["README.md", "data/README.md", "benchmarks/README.md"])
+def test_links_and_pictures_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / path).read_text()):
+        assert ((ROOT / path).parent / target).exists(), target
+
+
 def test_make_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
     phony = set(re.search(r"\.PHONY: (.*)", makefile)[1].split())
