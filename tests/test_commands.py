@@ -213,6 +213,19 @@ def test_sweeps_run_writes_after_each_point_and_goes_on(monkeypatch, tmp_path):
     assert sweeps.check() == 1
 
 
+@pytest.mark.slow
+def test_a_point_is_really_run(monkeypatch):
+    """Two steps of training and two questions, through the same code as make sweeps; and a baseline."""
+    questions = flights.load_questions("validation").select([0, 1])
+    monkeypatch.setattr(sweeps, "splits", lambda sweep: {"validation": questions})
+    recipe = sweeps.SFTRecipe(steps=2, batch_size=2, warmup_steps=1)
+    run = sweeps.run_point("sft", {"stage": "sft", "seed": 0, "recipe": recipe})
+    assert run["recipe"]["steps"] == 2 and run["train_seconds"] > 0 and run["key"] == sweeps.key("sft", {"stage": "sft", "recipe": recipe})
+    assert [r["id"] for r in run["splits"]["validation"]["records"]] == ["validation-0001", "validation-0002"]
+    run = sweeps.run_point("baselines", {"stage": "nearest-question", "seed": 0})
+    assert run["recipe"] is None and len(run["splits"]["validation"]["records"]) == 2
+
+
 def test_nearest_question_and_shots():
     train = [
         {"question": q, "sql": s, "intent": i, "style": "bare"}

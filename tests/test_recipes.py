@@ -169,6 +169,7 @@ print("loss", recipes.fit(one)["history"][-1])
 @pytest.mark.slow
 def test_export_has_no_pickle_and_no_path_and_reloads_to_the_same_answers(tmp_path):
     import torch
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     built = trainer(tmp_path / "run", save_strategy="no")
     recipes.fit(built)
@@ -177,11 +178,18 @@ def test_export_has_no_pickle_and_no_path_and_reloads_to_the_same_answers(tmp_pa
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
     assert "/" not in (folder / "adapter_config.json").read_text()
-    again = recipes.load_adapter(folder, bits=4)
-    again.set_attn_implementation("eager")
-    ids = torch.arange(5, 25).view(1, -1)
+    # in float32, so that nothing depends on rounding: the reloaded adapter against the trained tensors put on a twin
+    again = recipes.load_adapter(folder, bits=16, dtype=torch.float32)
+    trained, loaded = get_peft_model_state_dict(built.model), get_peft_model_state_dict(again)
+    assert trained.keys() == loaded.keys() and all(torch.equal(loaded[k], v) for k, v in trained.items())
+    twin = get_peft_model(models.load_model(16, torch.float32), recipes.lora_config(TINY)).eval()
+    set_peft_model_state_dict(twin, trained)
+    ids = models.load_tokenizer()("How many flights left JFK in July?", return_tensors="pt").input_ids
     with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, built.model.eval()(ids).logits, rtol=0.05, atol=0.3)
+        logits = again(ids).logits
+        torch.testing.assert_close(logits, twin(ids).logits)
+        with again.disable_adapter():
+            assert (again(ids).logits - logits).abs().max() > 0.01  # it was the adapter that spoke
 
 
 @pytest.mark.slow

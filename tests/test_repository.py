@@ -163,6 +163,59 @@ def test_a_failing_cell_is_named_and_the_rest_kept(tmp_path, monkeypatch):
     assert (course.runs_dir() / "notebooks" / "small.failed.ipynb").exists()
 
 
+def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monkeypatch, capsys):
+    """The order and the bookkeeping of make course, with answers from the references in place of a trained model's."""
+    from helpers import models, recipes, scoreboard, scoring
+
+    executed, asked = [], []
+
+    def ask(model, tokenizer, questions):
+        asked.append(len(questions))
+        return [q["sql"] for q in questions], 1.0
+
+    monkeypatch.setattr(course, "execute", lambda name, target: executed.append(name))
+    monkeypatch.setattr(recipes, "load_adapter", lambda folder, bits: None)
+    monkeypatch.setattr(models, "load_tokenizer", lambda: None)
+    monkeypatch.setattr(scoring, "ask", ask)
+    scoreboard.record("sft", "test", [{"id": "1", "correct": False}], 1.0)  # of an adapter that is gone: stale
+    adapter = recipes.SFTRecipe().folder() / "adapter"
+    monkeypatch.setattr(recipes, "sft_adapter", lambda recipe: adapter)
+    course.run(fresh=False)
+    assert executed == list(course.CORE) and asked == [382, 69]
+    live = {r["split"]: r for r in scoreboard.rows() if r["source"] == "live"}
+    assert {split: (r["stage"], r["correct"]) for split, r in live.items()} == {"test": ("sft", 382), "freeform": ("sft", 69)}
+    assert {r["stage"] for r in scoreboard.rows() if r["source"] == "recorded"} == set(scoreboard.STAGES)
+    assert (course.runs_dir() / "scoreboard.png").exists() and "minutes in all" in capsys.readouterr().out
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").touch()
+    course.run(fresh=False)
+    assert asked == [382, 69]  # the adapter is there: its exam isn't sat again
+
+
+@pytest.mark.slow
+def test_nbval_tells_a_notebook_that_reproduces_from_one_that_does_not(tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.setattr(course, "NOTEBOOKS", tmp_path)
+    write_notebook(tmp_path, "1 + 1")
+    course.execute("small")
+    notebook = nbformat.read(tmp_path / "small.ipynb", as_version=4)
+    notebook.cells[0].metadata["tags"] = ["nbval-check-output"]
+    nbformat.write(notebook, tmp_path / "small.ipynb")
+    assert course.nbval(["small"], dict(os.environ)) == 0
+    notebook.cells[0].outputs[0].data["text/plain"] = "3"
+    nbformat.write(notebook, tmp_path / "small.ipynb")
+    assert course.nbval(["small"], dict(os.environ)) == 1
+
+
+def test_lock_writes_what_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "ROOT", tmp_path)
+    course.lock()
+    lines = (tmp_path / "constraints.txt").read_text().splitlines()
+    assert lines[0].startswith("# ") and f"nbformat=={nbformat.__version__}" in lines
+    assert not any("+" in line or line.startswith("first-llm") for line in lines[1:])
+
+
 def test_starting_over_removes_only_what_the_course_made(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "elsewhere"))
