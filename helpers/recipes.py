@@ -311,7 +311,7 @@ def export_adapter(model, target: Path) -> Path:
         shutil.rmtree(target)
     with building(target) as scratch:
         scratch.mkdir()
-        state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+        state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
         save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
         config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": COURSE_MODEL, "inference_mode": True}
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

@@ -180,7 +180,7 @@ def test_export_has_no_pickle_and_no_path_and_reloads_to_the_same_answers(tmp_pa
     assert "/" not in (folder / "adapter_config.json").read_text()
     # in float32, so that nothing depends on rounding: the reloaded adapter against the trained tensors put on a twin
     again = recipes.load_adapter(folder, bits=16, dtype=torch.float32)
-    trained, loaded = get_peft_model_state_dict(built.model), get_peft_model_state_dict(again)
+    trained, loaded = (get_peft_model_state_dict(m, save_embedding_layers=False) for m in (built.model, again))
     assert trained.keys() == loaded.keys() and all(torch.equal(loaded[k], v) for k, v in trained.items())
     twin = get_peft_model(models.load_model(16, torch.float32), recipes.lora_config(TINY)).eval()
     set_peft_model_state_dict(twin, trained)
