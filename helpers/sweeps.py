@@ -21,7 +21,9 @@ SHORT = 100  # steps of a sweep's runs, all equal; the main recipe has more
 SEEDS = (0, 1, 2)
 EXAMPLES = (100, 400, None)
 PHRASINGS = (1, 4, None)
-TOLERANCE = 0.06  # of accuracy, between two machines
+# Of accuracy, between two runs of one recipe: 16-bit rounding alone (another processor, other threads) sends training
+# another way, and the standard error of a paired difference on 100 questions is about 5 points; twice that.
+TOLERANCE = 0.10
 
 
 def plan() -> dict[str, list[dict]]:
