@@ -90,7 +90,7 @@ def sft_config(recipe: SFTRecipe, folder: Path, **changes):
         "max_grad_norm": recipe.max_grad_norm,
         "max_length": recipe.max_length,
         "train_sampling_strategy": "group_by_length",  # batches of like length: little padding
-        "pad_to_multiple_of": 8,  # few shapes: torch's CPU library keeps a kernel for each, 2 GB of them by the end otherwise
+        "pad_to_multiple_of": 8,  # few shapes: torch's CPU library keeps a kernel for each it meets
         "gradient_checkpointing": False,  # a small model: memory is there, time isn't
         "bf16": where.dtype_name == "bfloat16",
         "fp16": where.dtype_name == "float16",
@@ -160,7 +160,7 @@ def restore_float32(model, state: dict | None = None) -> None:
             parameter.data = (state[name].to(parameter.device) if state and name in state else parameter.data).float()
 
 
-LOSS_ROWS = 128  # supervised tokens at a time: their logits take 25 MB, all of a batch's ten times that
+LOSS_ROWS = 128  # supervised tokens at a time: their float32 logits take 25 MB
 
 
 def completion_loss(hidden, weight, targets, count):

@@ -168,7 +168,6 @@ def setup(seed: int = 0) -> Device:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "BITSANDBYTES_NOWELCOME": "1",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",  # compiled kernels that torch's CPU library keeps; its default is 1024
     }.items():
         os.environ.setdefault(name, value)
     for name in ("bitsandbytes", "transformers", "trl", "peft", "datasets", "accelerate"):
