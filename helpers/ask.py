@@ -5,9 +5,11 @@ writes one JSON object a line: question, sql, columns, rows, error.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 
+from helpers import flights, models, recipes, scoring, sql
 from helpers.runtime import CourseError, setup
 
 MAX_QUESTION = 500  # characters
@@ -17,21 +19,15 @@ class Asker:
     """A loaded model and a worker process for its SQL. `stage`: base (the model as it comes) or sft (trained)."""
 
     def __init__(self, stage: str = "sft"):
-        from helpers import flights, models, recipes, sql
-
         setup()
-        self.system = flights.SYSTEM_PROMPT if stage == "sft" else flights.SCHEMA_PROMPT
+        trained = stage == "sft"
+        self.system = flights.SYSTEM_PROMPT if trained else flights.SCHEMA_PROMPT
         self.tokenizer = models.load_tokenizer()
-        if stage == "sft":
-            self.model = recipes.load_adapter(recipes.sft_adapter())
-        else:
-            self.model = models.load_model()
+        self.model = recipes.load_adapter(recipes.sft_adapter()) if trained else models.load_model()
         self.worker = sql.Worker(flights.database_path())
 
     def answer(self, question: str) -> dict:
         """{"question", "sql", "columns", "rows", "error"}: error is None or one sentence."""
-        from helpers import flights, scoring, sql
-
         reply = {"question": question, "sql": "", "columns": [], "rows": [], "error": None}
         if not question.strip():
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
@@ -73,20 +69,17 @@ def main(arguments=None) -> int:
     if not chosen.jsonl and not chosen.question:
         parser.error("give a question in quotes, or --jsonl with questions on standard input")
     try:
-        asker = Asker(chosen.stage)
+        with contextlib.closing(Asker(chosen.stage)) as asker:
+            if not chosen.jsonl:
+                reply = asker.answer(chosen.question)
+                print(show(reply))
+                return 1 if reply["error"] else 0
+            for raw in sys.stdin.buffer:
+                question = raw.decode("utf-8", errors="replace").rstrip("\r\n")
+                print(json.dumps(asker.answer(question), ensure_ascii=False), flush=True)
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1
-    try:
-        if not chosen.jsonl:
-            reply = asker.answer(chosen.question)
-            print(show(reply))
-            return 1 if reply["error"] else 0
-        for raw in sys.stdin.buffer:
-            question = raw.decode("utf-8", errors="replace").rstrip("\r\n")
-            print(json.dumps(asker.answer(question), ensure_ascii=False), flush=True)
-    finally:
-        asker.close()
     return 0
 
 

@@ -46,15 +46,6 @@ def shots_for(stage: str, train: list[dict]):
         neighbours = Neighbours(train)
         return lambda question: neighbours.nearest(question, 8)
     bare = [r for r in train if r.get("style", "bare") == "bare" and r["sql"] != flights.REFUSAL]
-    intents = [
-        "count",
-        "avg_arrival_delay",
-        "top_destinations",
-        "pct_cancelled",
-        "count_by_month",
-        "count_late_departures",
-        "max_distance",
-        "list_airlines",
-    ]
-    fixed = [next(r for r in bare if r["intent"] == name) for name in intents][: int(stage.split("-")[0])]
+    intents = "count avg_arrival_delay top_destinations pct_cancelled count_by_month count_late_departures max_distance list_airlines".split()
+    fixed = [next(r for r in bare if r["intent"] == name) for name in intents[: int(stage.split("-")[0])]]
     return lambda question: fixed

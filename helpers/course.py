@@ -11,10 +11,10 @@ import threading
 import time
 from pathlib import Path
 
-from helpers.runtime import ROOT, CourseError, runs_dir
+from helpers.runtime import ROOT, CourseError, runs_dir, write_whole
 
 NOTEBOOKS = ROOT / "notebooks"
-CORE = ("00_start_here", "03_sft_with_trl")  # 01, 02 and 04 join with their parts
+CORE = ("00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl")  # 04 joins with its part
 
 
 def clean_outputs(notebook) -> None:
@@ -28,8 +28,8 @@ def clean_outputs(notebook) -> None:
     notebook.metadata["language_info"] = {"name": "python"}
 
 
-def execute(name: str, target: Path | None = None) -> float:
-    """Executes a notebook from a fresh kernel with a live line a cell; saves it to `target` (None: in place). Seconds."""
+def execute(name: str, target: Path | None = None) -> None:
+    """Executes a notebook from a fresh kernel with a live line a cell; saves it to `target` (None: in place)."""
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -47,37 +47,30 @@ def execute(name: str, target: Path | None = None) -> float:
         while not over.wait(1):
             show()
 
-    def on_cell(cell, cell_index, **_):
+    def on_cell(**_):
         nonlocal done
-        if cell.cell_type == "code":
-            done += 1
-            show()
+        done += 1
+        show()
 
     os.environ["COURSE_PROGRESS"] = "0"  # bars are for people; a stored notebook keeps none
     quiet = ["--log-level=ERROR"]  # the kernel's own advice on encryption between it and this process
     place = {"metadata": {"path": str(NOTEBOOKS)}}
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3", extra_arguments=quiet, resources=place, on_cell_start=on_cell)
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", extra_arguments=quiet, resources=place, on_cell_execute=on_cell)
     if live:
         threading.Thread(target=tick, daemon=True).start()
     try:
         client.execute()
     except CellExecutionError as error:
         failed = runs_dir() / "notebooks" / f"{name}.failed.ipynb"
-        failed.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(notebook, failed)
+        write_whole(failed, nbformat.writes(notebook))
         raise CourseError(
             f"{name} stopped in cell {done} of {cells} ({failed.name} under runs/notebooks/ has the rest): {str(error)[-1500:]}"
         ) from None
     finally:
         over.set()
     clean_outputs(notebook)
-    target = target or NOTEBOOKS / f"{name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part")
-    nbformat.write(notebook, part)
-    os.replace(part, target)
+    write_whole(target or NOTEBOOKS / f"{name}.ipynb", nbformat.writes(notebook) + "\n")
     show("  done")
-    return time.perf_counter() - start
 
 
 def prepare() -> None:
@@ -98,8 +91,7 @@ def exam() -> None:
     recipe = recipes.SFTRecipe()
     model, tokenizer = recipes.load_adapter(recipes.sft_adapter(recipe), recipe.bits), models.load_tokenizer()
     for split, questions in {"test": flights.load_questions("test"), "freeform": flights.load_questions("freeform", "final")}.items():
-        done = next((r for r in scoreboard.rows() if (r["stage"], r["split"], r["source"]) == ("sft", split, "live")), None)
-        if not done:
+        if not any((r["stage"], r["split"], r["source"]) == ("sft", split, "live") for r in scoreboard.rows()):
             print(f"exam: sft on {split} ({len(questions)} questions) … ", end="", flush=True)
             answers, seconds = scoring.ask(model, tokenizer, questions)
             result = scoreboard.record("sft", split, scoring.execution_accuracy(answers, questions), seconds, recipe.seed)
@@ -147,26 +139,27 @@ def all_notebooks() -> list[str]:
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
 
+def pytest(*arguments: str, **environment: str) -> int:
+    """Runs pytest without progress bars; returns its exit status."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"COURSE_PROGRESS": "0"} | environment).returncode
+
+
 def test(arguments: list[str]) -> int:
     """Unit tests with line coverage of helpers, then nbval (lax) over every notebook, in order, in one fresh runs folder."""
-    environment = os.environ | {"COURSE_PROGRESS": "0"}
-    pytest = [sys.executable, "-m", "pytest"]
-    units = [*pytest, "tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments]
-    code = subprocess.run(units, cwd=ROOT, env=environment).returncode
-    return code or nbval(all_notebooks(), environment)
+    return pytest("tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments) or nbval(all_notebooks())
 
 
-def nbval(names: list[str], environment: dict) -> int:
+def nbval(names: list[str]) -> int:
     """Runs notebooks under nbval with an empty runs folder of their own, so that the main runs are live."""
+    paths = [str(NOTEBOOKS / f"{name}.ipynb") for name in names]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(NOTEBOOKS / f"{name}.ipynb") for name in names]
-        command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=3600", "--durations=10", "-p", "no:cacheprovider", *paths]
-        return subprocess.run(command, cwd=ROOT, env=environment | {"COURSE_RUNS": folder}).returncode
+        return pytest("--nbval-lax", "--nbval-cell-timeout=3600", "--durations=10", "-p", "no:cacheprovider", *paths, COURSE_RUNS=folder)
 
 
 def alone() -> int:
     """Each notebook by itself, with an empty runs folder."""
-    return max(nbval([name], os.environ | {"COURSE_PROGRESS": "0"}) for name in all_notebooks())
+    return max(nbval([name]) for name in all_notebooks())
 
 
 def lock() -> None:
@@ -185,26 +178,16 @@ def main() -> int:
     commands.add_parser("test").add_argument("arguments", nargs="*")
     commands.add_parser("alone")
     commands.add_parser("lock")
-    chosen = parser.parse_args()
+    chosen = vars(parser.parse_args())
+    command = {"run": run, "refresh": refresh, "test": test, "alone": alone, "lock": lock}[chosen.pop("command")]
     try:
-        match chosen.command:
-            case "run":
-                run(chosen.fresh)
-            case "refresh":
-                refresh(chosen.names)
-            case "test":
-                return test(chosen.arguments)
-            case "alone":
-                return alone()
-            case "lock":
-                lock()
+        return command(**chosen) or 0
     except CourseError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. What was finished is kept: run the same command to go on.", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

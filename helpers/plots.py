@@ -1,57 +1,46 @@
 """Plots made from a run's own numbers: labelled axes with units, readable in grey, a label on what is recorded."""
 
-import functools
+from collections import Counter
 
 
-@functools.cache
-def _pyplot():
+def _axis(height: float = 3.6):
+    """The axis of a new figure, 7 inches wide, in the course's style."""
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7, 3.6),
-            "figure.dpi": 100,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 10,
-            "savefig.bbox": "tight",
-        }
-    )
-    return plt
+    plt.rc("figure", dpi=100)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("font", size=10)
+    plt.rc("legend", frameon=False, fontsize=9)
+    plt.rc("savefig", bbox="tight")
+    return plt.subplots(figsize=(7, height))[1]
 
 
-def _finish(figure, title: str):
-    figure.axes[0].set_title(title, loc="left", fontsize=11)
-    figure.tight_layout()
-    return figure
+def _finish(axis, title: str, **settings):
+    """The axis' figure with its title; labels, limits and scales as `Axes.set` takes them."""
+    axis.set(**settings)
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.figure.tight_layout()
+    return axis.figure
 
 
 def accuracy_bars(rows: list[dict], title: str):
     """Horizontal bars of accuracy with 95 % intervals, one a scoreboard row, the first row on top."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * len(rows)))
-    places = range(len(rows))
+    axis = _axis(0.8 + 0.42 * len(rows))
     accuracy = [100 * r["accuracy"] for r in rows]
     errors = [[100 * max(r["accuracy"] - r["low"], 0) for r in rows], [100 * max(r["high"] - r["accuracy"], 0) for r in rows]]
     colours = ["0.35" if r["stage"] == "sft" else "0.7" for r in rows]
-    axis.barh(places, accuracy, xerr=errors, color=colours, height=0.6, error_kw={"elinewidth": 1, "capsize": 3})
-    axis.set_yticks(places, [r["stage"] + (" (recorded)" if r["source"] == "recorded" else "") for r in rows])
-    for place, value, high in zip(places, accuracy, errors[1], strict=True):
-        axis.text(value + high + 1.5, place, f"{value:.0f} %", va="center")
+    bars = axis.barh(range(len(rows)), accuracy, xerr=errors, color=colours, height=0.6, error_kw={"elinewidth": 1, "capsize": 3})
+    axis.bar_label(bars, fmt="{:.0f} %", padding=5)
+    axis.set_yticks(range(len(rows)), [r["stage"] + (" (recorded)" if r["source"] == "recorded" else "") for r in rows])
     axis.invert_yaxis()
-    axis.set_xlim(0, 108)
-    axis.set_xlabel("execution accuracy, % (bars: 95 % interval)")
-    return _finish(figure, title)
+    return _finish(axis, title, xlim=(0, 108), xlabel="execution accuracy, % (bars: 95 % interval)")
 
 
 def mistakes(records_by_stage: dict[str, list[dict]], title: str):
     """Stacked bars: for each stage, the share of answers of each kind, right ones first."""
-    from collections import Counter
-
-    plt = _pyplot()
     counts = {stage: Counter(r["kind"] for r in records) for stage, records in records_by_stage.items()}
     kinds = sorted({k for c in counts.values() for k in c}, key=lambda k: (k != "right", -sum(c[k] for c in counts.values())))
-    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.42 * len(counts) + 0.16 * len(kinds)))
+    axis = _axis(1.6 + 0.42 * len(counts) + 0.16 * len(kinds))
     hatches = ["", "//", "..", "xx", "\\\\", "++", "oo", "--", "**"]
     left = [0.0] * len(counts)
     for i, kind in enumerate(kinds):
@@ -60,26 +49,19 @@ def mistakes(records_by_stage: dict[str, list[dict]], title: str):
         axis.barh(list(counts), share, left=left, color=grey, edgecolor="black", linewidth=0.4, hatch=hatches[i % len(hatches)], label=kind)
         left = [a + b for a, b in zip(left, share, strict=True)]
     axis.invert_yaxis()
-    axis.set_xlabel("share of answers, %")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.42, -0.3), ncol=2, frameon=False, fontsize=8)
-    return _finish(figure, title)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.42, -0.3), ncol=2, fontsize=8)
+    return _finish(axis, title, xlabel="share of answers, %")
 
 
 def loss_curve(history: list[dict], title: str):
     """Training loss (nats per supervised token) against the step."""
-    plt = _pyplot()
-    figure, axis = plt.subplots()
-    axis.plot([h["step"] for h in history], [float(h["loss"]) for h in history], color="0.2", marker=".", linewidth=1)
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss, nats per SQL token")
-    axis.set_ylim(bottom=0)
-    return _finish(figure, title)
+    curve = ([h["step"] for h in history], [float(h["loss"]) for h in history])
+    return lines({"loss": curve}, title, "step", "loss, nats per SQL token")
 
 
 def sweep(points: list[dict], x: str, title: str, live: dict | None = None):
     """Accuracy against `x` on a log axis: recorded seeds as dots, their mean as a line, this run's own point as a star."""
-    plt = _pyplot()
-    figure, axis = plt.subplots()
+    axis = _axis()
     places = sorted({p[x] for p in points})
     axis.plot([p[x] for p in points], [100 * p["accuracy"] for p in points], "o", color="0.6", markersize=5, label="recorded, one seed each")
     means = [sum(100 * p["accuracy"] for p in points if p[x] == place) / sum(p[x] == place for p in points) for place in places]
@@ -89,8 +71,54 @@ def sweep(points: list[dict], x: str, title: str, live: dict | None = None):
     axis.set_xscale("log")
     axis.set_xticks(places, [str(p) for p in places])
     axis.minorticks_off()
-    axis.set_xlabel(x)
-    axis.set_ylabel("execution accuracy, %")
-    axis.set_ylim(0, 100)
-    axis.legend(frameon=False, fontsize=9)
-    return _finish(figure, title)
+    axis.legend()
+    return _finish(axis, title, xlabel=x, ylabel="execution accuracy, %", ylim=(0, 100))
+
+
+def histogram(values, levels: dict, title: str, x: str):
+    """The distribution of `values` (1-D tensor), and under it a row of ticks for each named set of levels."""
+    axis = _axis()
+    axis.hist(values.numpy(), bins=121, density=True, color="0.75")
+    height = axis.get_ylim()[1]
+    for i, (name, places) in enumerate(levels.items()):
+        base = -height * (0.09 + 0.13 * i)
+        axis.vlines(places, base - 0.03 * height, base + 0.03 * height, color="black", linewidth=1.2)
+        axis.text(1.03, base, name, va="center", fontsize=9, transform=axis.get_yaxis_transform())
+    return _finish(axis, title, xlabel=x, ylabel="density", ylim=(-height * (0.05 + 0.13 * len(levels)), None))
+
+
+def bars(frame, title: str, x: str, unit: str = "{:.3g}", intervals=()):
+    """Horizontal bars from a DataFrame: a group for each row, a bar for each column (greys and hatches, values beside).
+
+    `intervals`: (low, high) for each row, drawn across a single column's bars.
+    """
+    rows, columns = frame.shape
+    height = 0.17 * rows * columns + 0.22 * rows
+    axis = _axis(0.9 + height)
+    step = 0.8 / columns
+    hatches = ["", "///", "...", "xxx", "++", "oo"]
+    for j, column in enumerate(frame.columns):
+        places = [i - 0.4 + (j + 0.5) * step for i in range(rows)]
+        shade = str(0.35 + 0.5 * j / max(columns - 1, 1))
+        axis.barh(places, frame[column], height=0.92 * step, color=shade, hatch=hatches[j % 6], edgecolor="black", linewidth=0.4, label=str(column))
+        for place, value in zip(places, frame[column], strict=True):
+            axis.text(value, place, " " + unit.format(value), va="bottom" if intervals else "center", fontsize=8)
+    for i, (low, high) in enumerate(intervals):
+        axis.plot([low, high], [i, i], "|-", color="black", linewidth=1, markersize=6)
+    axis.set_yticks(range(rows), [str(name) for name in frame.index])
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    if columns > 1:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.5 / height), ncol=columns)
+    return _finish(axis, title, xlabel=x)
+
+
+def lines(series: dict, title: str, x: str, y: str, log: bool = False):
+    """One line for each named (x values, y values) pair, told apart by dash and marker."""
+    axis = _axis()
+    for i, (name, (across, up)) in enumerate(series.items()):
+        axis.plot(across, up, ["-", "--", ":", "-."][i % 4], color=str(0.1 + 0.5 * i / max(len(series) - 1, 1)), label=name, linewidth=1.5)
+    if len(series) > 1:
+        axis.legend()
+    scale = {"yscale": "log"} if log else {"ylim": (0, None)}
+    return _finish(axis, title, xlabel=x, ylabel=y, **scale)

@@ -1,17 +1,17 @@
 """One definition of each training run, used by notebook, catch-up, sweep, benchmark and test alike."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from helpers import flights
-from helpers.models import COURSE_MODEL, load_model, load_tokenizer
+from helpers.menu import choose
+from helpers.models import load_model, load_tokenizer
 from helpers.runtime import CourseError, building, device, runs_dir, seed_everything
 
 
@@ -22,7 +22,7 @@ class SFTRecipe:
     bits: int = 4  # NF4 base weights; adapters are float32 on every profile
     rank: int = 16  # LoRA r
     alpha: int = 32  # LoRA scale is alpha / r
-    target_modules: str = "all-linear"
+    target_modules: str | tuple = "all-linear"  # or names, such as ("q_proj", "v_proj")
     learning_rate: float = 3e-3  # chosen on validation, over 2e-3
     batch_size: int = 8
     steps: int = 440  # under six minutes
@@ -33,10 +33,12 @@ class SFTRecipe:
     seed: int = 0
     examples: int | None = None  # train on this many examples only (None: all)
     phrasings: int | None = None  # and on this many phrasings an intent (None: all)
+    method: str = "lora"  # or dora, rslora, ia3, prompt, full: what is trained (rank and alpha are LoRA's)
 
     def key(self) -> str:
         """Ten hex digits that change when the recipe, the training data, the prompt or the model does."""
-        parts = [dataclasses.asdict(self), flights.SYSTEM_PROMPT, flights.REFUSAL, COURSE_MODEL]
+        decides = {k: v for k, v in asdict(self).items() if (k, v) != ("method", "lora")}  # older records knew LoRA only
+        parts = [decides, flights.SYSTEM_PROMPT, flights.REFUSAL, choose().name]
         data = hashlib.sha256((flights.QUESTIONS / "train.jsonl").read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps([parts, data], sort_keys=True).encode()).hexdigest()[:10]
 
@@ -49,12 +51,10 @@ def training_rows(recipe: SFTRecipe, rows=None) -> list[dict]:
     rows = list(flights.load_questions("train") if rows is None else rows)
     rng = random.Random(recipe.seed)
     if recipe.phrasings:
-        by_intent: dict[str, list[str]] = {}
+        by_intent: dict[str, dict[str, None]] = {}  # the inner dict as a set that keeps its order
         for row in rows:
-            names = by_intent.setdefault(row["intent"], [])
-            if row["phrasing"] not in names:
-                names.append(row["phrasing"])
-        kept = {name for names in by_intent.values() for name in rng.sample(names, min(recipe.phrasings, len(names)))}
+            by_intent.setdefault(row["intent"], {})[row["phrasing"]] = None
+        kept = {name for names in by_intent.values() for name in rng.sample(list(names), min(recipe.phrasings, len(names)))}
         rows = [row for row in rows if row["phrasing"] in kept]
     if recipe.examples and recipe.examples < len(rows):
         rows = rng.sample(rows, recipe.examples)
@@ -68,11 +68,61 @@ def training_set(rows):
     return Dataset.from_list([flights.prompt_completion(row) for row in rows])
 
 
+VIRTUAL_TOKENS = 16  # of prompt tuning
+
+
 def lora_config(recipe: SFTRecipe):
-    """PEFT's LoRA settings for the recipe (Hu et al. 2021)."""
+    """PEFT's LoRA settings for the recipe (Hu et al. 2021); rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024) are one flag each."""
     from peft import LoraConfig
 
-    return LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules=recipe.target_modules, task_type="CAUSAL_LM")
+    if recipe.rank < 1:
+        raise CourseError(f"LoRA's rank r must be at least 1, not {recipe.rank}: with r = 0 there would be nothing to train.")
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=recipe.target_modules if isinstance(recipe.target_modules, str) else list(recipe.target_modules),
+        use_rslora=recipe.method == "rslora",
+        use_dora=recipe.method == "dora",
+        task_type="CAUSAL_LM",
+    )
+
+
+def check_targets(recipe: SFTRecipe, model) -> None:
+    """Raises CourseError when a name in `target_modules` is no layer's: it would train nothing there, in silence."""
+    if recipe.target_modules == "all-linear":
+        return
+    there = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")} - {"lm_head"})
+    wanted = [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
+    if missing := [name for name in wanted if name not in there]:
+        raise CourseError(f"No layer of this model is called {', '.join(missing)}: target_modules can name {', '.join(there)}, or be 'all-linear'.")
+
+
+def peft_config(recipe: SFTRecipe):
+    """PEFT's settings for the recipe's method; None where every weight is trained.
+
+    IA³ (Liu et al. 2022) scales keys, values and the feed-forward's inner activations; prompt tuning (Lester et al. 2021)
+    trains `VIRTUAL_TOKENS` input embeddings that stand before every prompt.
+    """
+    from peft import IA3Config, PromptTuningConfig
+
+    if recipe.method in ("lora", "rslora", "dora"):
+        return lora_config(recipe)
+    if recipe.method == "ia3":
+        return IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    if recipe.method == "prompt":
+        return PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM")
+    if recipe.method == "full":
+        return None
+    raise CourseError(f"Unknown method {recipe.method!r}: lora, rslora, dora, ia3, prompt or full.")
+
+
+def base_model(recipe: SFTRecipe):
+    """The model that the recipe starts from; for full fine-tuning its weights are float32, as every trained parameter here."""
+    import torch
+
+    if recipe.method == "full" and recipe.bits != 16:
+        raise CourseError("Quantized weights can't be trained: full fine-tuning needs bits=16.")
+    return load_model(recipe.bits, torch.float32 if recipe.method == "full" else None)
 
 
 def sft_config(recipe: SFTRecipe, folder: Path, **changes):
@@ -116,32 +166,21 @@ def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | 
     """TRL's SFTTrainer for the recipe, over `model`, with float32 adapters and what makes it quick on a CPU."""
     from trl import SFTTrainer
 
+    check_targets(recipe, model)
     seed_everything(recipe.seed)
+    trained = trainable_state(model) if hasattr(model, "peft_config") else None  # an adapter that goes on from where it was
     on_cpu = device().kind == "cpu"
     if on_cpu:
         model.set_attn_implementation("eager")  # torch's fused attention is slower than plain matmuls here: short, masked rows
-    with quiet_datasets():
-        trainer = (cpu_trainer_class() if on_cpu else SFTTrainer)(
-            model=model,
-            args=sft_config(recipe, folder or recipe.folder(), **changes),
-            train_dataset=training_set(training_rows(recipe, rows)),
-            processing_class=tokenizer,
-            peft_config=None if hasattr(model, "peft_config") else lora_config(recipe),
-        )
-    restore_float32(trainer.model)
+    trainer = (cpu_trainer_class() if on_cpu else SFTTrainer)(
+        model=model,
+        args=sft_config(recipe, folder or recipe.folder(), **changes),
+        train_dataset=training_set(training_rows(recipe, rows)),
+        processing_class=tokenizer,
+        peft_config=None if hasattr(model, "peft_config") else peft_config(recipe),
+    )
+    restore_float32(trainer.model, trained)
     return trainer
-
-
-@contextlib.contextmanager
-def quiet_datasets():
-    """No progress bars from `datasets` while a trainer tokenizes."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
 
 
 def trainable_state(model) -> dict:
@@ -197,23 +236,42 @@ def cpu_trainer_class():
     TRL's fused head works in float32 tiles and adds entropy metrics, made for Triton on a GPU; here the LM head runs
     on the supervised positions only, a few at a time: mean over completion tokens of -log p(token | what stands before it).
     """
+    from torch.nn.functional import cross_entropy
     from trl import SFTTrainer
 
     class CpuSFTTrainer(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             targets = inputs["labels"][:, 1:]  # (batch, tokens - 1); -100 where nothing is to be learnt
             supervised = targets != -100
-            base = self.accelerator.unwrap_model(model).get_base_model()
-            with self.accelerator.autocast():
-                hidden = base.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
+            model = self.accelerator.unwrap_model(model)
+            base = model.get_base_model() if hasattr(model, "peft_config") else model
             count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-            loss = completion_loss(hidden[:, :-1][supervised], base.lm_head.weight, targets[supervised], count)
+            with self.accelerator.autocast():
+                hidden = hidden_states(model, base, inputs["input_ids"], inputs["attention_mask"])[:, :-1][supervised]
+                if base.lm_head.weight.requires_grad:  # full fine-tuning: the head learns too
+                    loss = cross_entropy(base.lm_head(hidden).float(), targets[supervised], reduction="sum") / count
+            if not base.lm_head.weight.requires_grad:
+                loss = completion_loss(hidden, base.lm_head.weight, targets[supervised], count)
             return (loss, {}) if return_outputs else loss
 
     return CpuSFTTrainer
 
 
-def progress_callback(label: str = "training"):
+def hidden_states(model, base, ids, mask):
+    """The last hidden states (batch, tokens, width) of the token ids; prompt tuning's virtual tokens stand before them, unseen."""
+    import torch
+
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    embeddings = base.get_input_embeddings()(ids)
+    prompt = model.get_prompt(len(ids)).to(embeddings.dtype)
+    mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], 1)
+    hidden = base.model(inputs_embeds=torch.cat([prompt, embeddings], 1), attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[:, prompt.shape[1] :]
+
+
+def progress_callback():
     """One live line with step, loss, time gone and time to go; cleared at the end."""
     from transformers import TrainerCallback
 
@@ -221,8 +279,7 @@ def progress_callback(label: str = "training"):
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.stack = contextlib.ExitStack()
-            self.bar = self.stack.enter_context(progress_bar(state.max_steps, label))
+            self.bar = progress_bar(state.max_steps, "training")
             self.bar.update(state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -233,7 +290,7 @@ def progress_callback(label: str = "training"):
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
         def on_train_end(self, args, state, control, **kwargs):
-            self.stack.close()
+            self.bar.close()
 
     return Progress()
 
@@ -250,26 +307,23 @@ def fit(trainer, resume: bool = True) -> dict:
     An interrupt (Ctrl-C, the stop button) saves a checkpoint and says how to go on (CourseError).
     """
     from peft.helpers import disable_input_dtype_casting
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import PrinterCallback
 
     folder = Path(trainer.args.output_dir)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)  # what `disable_tqdm` puts in place of transformers' own bar
     trainer.add_callback(progress_callback())
     checkpoint = last_checkpoint(folder) if resume else None
     start = time.perf_counter()
     # under autocast PEFT's own cast of each layer's input to float32 and back is work for nothing
-    casting = disable_input_dtype_casting(trainer.model) if trainer.args.bf16 else contextlib.nullcontext()
+    lora = any(hasattr(module, "lora_A") for module in trainer.model.modules())
+    casting = disable_input_dtype_casting(trainer.model) if lora and trainer.args.bf16 else contextlib.nullcontext()
     try:
         with casting:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        kept = last_checkpoint(folder)
-        raise CourseError(
-            f"Training was interrupted at step {trainer.state.global_step}; "
-            + (f"the checkpoint of step {kept.name.split('-')[1]} is kept. " if kept else "there was no checkpoint yet. ")
-            + "Run the same cell again to go on from it."
-        ) from None
+        kept, step = last_checkpoint(folder), trainer.state.global_step
+        left = f"the checkpoint of step {kept.name.split('-')[1]} is kept" if kept else "there was no checkpoint yet"
+        raise CourseError(f"Training was interrupted at step {step}; {left}. Run the same cell again to go on from it.") from None
     return {"history": [log for log in trainer.state.log_history if "loss" in log], "seconds": time.perf_counter() - start}
 
 
@@ -313,9 +367,9 @@ def export_adapter(model, target: Path) -> Path:
         scratch.mkdir()
         state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
         save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": COURSE_MODEL, "inference_mode": True}
-        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        (scratch / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str) + "\n")
+        config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": choose().name, "inference_mode": True}
+        text = json.dumps(config, indent=1, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+        (scratch / "adapter_config.json").write_text(text + "\n")
     return target
 
 
@@ -324,6 +378,16 @@ def load_adapter(folder: Path, bits: int = 4, dtype=None):
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_model(bits, dtype), folder).eval()
+
+
+def merge(model):
+    """Folds the adapter into the base's weights, W + sBA, and returns the plain model; refused over quantized weights.
+
+    There W + sBA would be rounded to the 4-bit levels again, and the answers would change (peft issues 1043 and 2321).
+    """
+    if any(type(p).__name__ in ("Params4bit", "Int8Params") for p in model.parameters()):
+        raise CourseError("Merging into quantized weights would round the adapter away in part: load the base with bits=16 and merge there.")
+    return model.merge_and_unload()
 
 
 def sft_adapter(recipe: SFTRecipe | None = None) -> Path:

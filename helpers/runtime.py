@@ -8,11 +8,13 @@ import random
 import shutil
 import sys
 import tempfile
-import time
+import timeit
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -24,23 +26,29 @@ class CourseError(Exception):
 
 def cache_dir() -> Path:
     """The user's cache for what is made once (model, database): `COURSE_CACHE` if set, else the system's own place."""
-    if os.environ.get("COURSE_CACHE"):
-        base = Path(os.environ["COURSE_CACHE"]).expanduser()
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "first-llm-experiment"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches/first-llm-experiment"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "first-llm-experiment"
-    base.mkdir(parents=True, exist_ok=True)
-    return base
+    system = {"win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local"), "darwin": "~/Library/Caches"}
+    place = system.get(sys.platform) or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return _folder("COURSE_CACHE", f"{place}/first-llm-experiment")
 
 
 def runs_dir() -> Path:
     """Where runs are kept: `COURSE_RUNS` (a mounted Drive, say) if set, else `runs/` in the course's folder."""
-    base = Path(os.environ.get("COURSE_RUNS") or ROOT / "runs").expanduser()
-    base.mkdir(parents=True, exist_ok=True)
-    return base
+    return _folder("COURSE_RUNS", ROOT / "runs")
+
+
+def _folder(variable: str, default: str | Path) -> Path:
+    """The folder that an environment variable names, or the default; made if it isn't there."""
+    folder = Path(os.environ.get(variable) or default).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, and its folder if need be, by one rename: a kill leaves the old text or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 @contextmanager
@@ -66,16 +74,14 @@ def building(target: Path, need_bytes: int = 0):
                 f"No space to make {target.name}: {free / 1e6:,.0f} MB free, {need_bytes / 1e6:,.0f} MB needed. "
                 "Free some disk, or set COURSE_CACHE to a folder on a larger one."
             )
-        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
         try:
-            yield scratch / target.name
-            os.replace(scratch / target.name, target)
+            with tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True) as folder:
+                yield Path(folder) / target.name
+                os.replace(Path(folder) / target.name, target)
         except OSError as error:
             if error.errno == 28:  # ENOSPC
                 raise CourseError(f"The disk filled up while making {target.name}: free some space and run again.") from None
             raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -99,12 +105,7 @@ def bfloat16_speedup(rows: int = 512, width: int = 1024, repeats: int = 5) -> fl
 
     def best(dtype):
         a, b = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-        times = []
-        for _ in range(repeats + 1):  # the first one warms up
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=repeats + 1)[1:])  # the first one warms up
 
     return best(torch.float32) / best(torch.bfloat16)
 
@@ -130,8 +131,6 @@ def device() -> Device:
 
 def memory_gb() -> float:
     """Physical memory in GB."""
-    import psutil
-
     return psutil.virtual_memory().total / 1e9
 
 
@@ -142,8 +141,6 @@ def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == "win32":
-        import psutil
-
         return psutil.Process().memory_info().peak_wset / 1e9
     import resource
 
@@ -166,8 +163,9 @@ def setup(seed: int = 0) -> Device:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "BITSANDBYTES_NOWELCOME": "1",
+        "KINETO_LOG_LEVEL": "99",  # the profiler's own start and stop lines
     }.items():
         os.environ.setdefault(name, value)
     for name in ("bitsandbytes", "transformers", "trl", "peft", "datasets", "accelerate"):

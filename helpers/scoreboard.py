@@ -1,11 +1,10 @@
 """The one table of the course: who got how many questions right. Rows live in runs/scoreboard.json and data/results/."""
 
 import json
-import os
 from pathlib import Path
 
 from helpers import baselines
-from helpers.runtime import DATA, runs_dir
+from helpers.runtime import DATA, runs_dir, write_whole
 from helpers.scoring import Score, score
 
 STAGES = (*baselines.STAGES, "sft")
@@ -36,9 +35,7 @@ def add(new: dict) -> dict:
     """Adds a row in place of an older one for the same stage, split, seed and source; written in one piece."""
     same = ("stage", "split", "seed", "source")
     kept = [r for r in rows() if any(r[k] != new[k] for k in same)]
-    part = scoreboard_path().with_suffix(".part")
-    part.write_text(json.dumps([*kept, new], indent=1) + "\n")
-    os.replace(part, scoreboard_path())
+    write_whole(scoreboard_path(), json.dumps([*kept, new], indent=1) + "\n")
     return new
 
 

@@ -1,14 +1,15 @@
 """Asking a model many questions, running its SQL, and saying how often it is right, with an interval."""
 
-import contextlib
+import copy
 import functools
 import itertools
+import os
 import re
 import time
 from dataclasses import dataclass
 
 from helpers import sql as safe
-from helpers.flights import REFUSAL, chat, database_path, perturbed_paths
+from helpers.flights import REFUSAL, SYSTEM_PROMPT, chat, database_path, perturbed_paths
 from helpers.runtime import DATA, CourseError
 
 # ---------------------------------------------------------------- generation
@@ -29,7 +30,8 @@ def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_si
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     with torch.inference_mode(), _contiguous_head(model), progress_bar(len(prompts), progress) as bar:
-        prefix = _run_prefix(model, prompts[0][:shared]) if shared >= 64 and len(prompts) > 1 else None
+        first = torch.tensor([prompts[0][:shared]], device=model.device)
+        prefix = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values if shared else None
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for i, answer in zip(batch, _generate_batch(model, tokenizer, [prompts[i] for i in batch], prefix, shared, max_new_tokens), strict=True):
@@ -38,70 +40,41 @@ def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_si
     return answers
 
 
-@contextlib.contextmanager
 def _contiguous_head(model):
-    """Hands the LM head a contiguous tensor. The last position of each prompt is a strided slice, for which torch's CPU
-    matmul copies the head's weights once a prompt: 1.8 GB for 32, and more than half of the time."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    try:
-        yield
-    finally:
-        hook.remove()
+    """Hands the LM head a contiguous tensor, within a `with`. The last position of each prompt is a strided slice, for which
+    torch's CPU matmul copies the head's weights once a prompt: 1.8 GB for 32, and more than half of the time."""
+    return model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
 def _shared_prefix(prompts: list[list[int]]) -> int:
-    """How many leading tokens all prompts share (never a whole prompt)."""
+    """How many leading tokens all prompts share (never a whole prompt); 0 where caching them isn't worth it."""
     shortest, longest = min(prompts), max(prompts)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shortest, longest, strict=False))
-    return min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-
-
-def _run_prefix(model, tokens: list[int]):
-    import torch
-
-    ids = torch.tensor([tokens], device=model.device)
-    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    shared = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
+    return shared if shared >= 64 and len(prompts) > 1 else 0
 
 
 def _generate_batch(model, tokenizer, prompts, prefix, shared, max_new_tokens) -> list[str]:
-    import copy
-
+    """`prefix` is the key/value cache of the first `shared` tokens, or None and 0."""
     import torch
 
-    width = max(map(len, prompts))
-    keep = shared if prefix is not None else 0  # cached tokens stand first, then the padding, then the rest
-    pad = tokenizer.pad_token_id
-    ids = [p[:keep] + [pad] * (width - len(p)) + p[keep:] for p in prompts]
-    mask = [[1] * keep + [0] * (width - len(p)) + [1] * (len(p) - keep) for p in prompts]
-    extra = {}
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    # cached tokens stand first, then the padding, then the rest
+    ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
+    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=model.device)
+    cached = {}
     if prefix is not None:
-        extra["past_key_values"] = cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(len(prompts))
-    device = model.device
-    out = model.generate(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        **extra,
-    )
+        cached["past_key_values"] = copy.deepcopy(prefix)
+        cached["past_key_values"].batch_repeat_interleave(len(prompts))
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, **cached)
     return [t.strip() for t in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
 
-@contextlib.contextmanager
 def progress_bar(total: int, label: str):
     """A progress bar that leaves nothing behind in a stored notebook (it is shown on a terminal or a live notebook)."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=label, disable=not label or not _live(), leave=False) as bar:
-        yield bar
-
-
-def _live() -> bool:
-    import os
-
-    return os.environ.get("COURSE_PROGRESS", "1") != "0"
+    return tqdm(total=total, desc=label, disable=not label or os.environ.get("COURSE_PROGRESS") == "0", leave=False)
 
 
 def extract_sql(answer: str) -> str:
@@ -141,8 +114,7 @@ def _names() -> dict[str, str]:
     served = set(flights["dest"]) | {"JFK", "EWR", "LGA"}
     names = {name.lower(): code for code, name in airports.itertuples(index=False) if code in served}
     names |= {name.lower(): code for code, name in flights[["carrier", "airline"]].drop_duplicates().itertuples(index=False)}
-    cities = flights[["dest_city", "dest"]].drop_duplicates()
-    single = cities[~cities["dest_city"].duplicated(keep=False)]
+    single = flights[["dest_city", "dest"]].drop_duplicates().drop_duplicates("dest_city", keep=False)
     return names | {city.lower(): code for city, code in single.itertuples(index=False)}
 
 
@@ -153,7 +125,7 @@ def _plain(value):
 def same_value(predicted, expected) -> bool:
     """Equal, or a number within rounding to one decimal of a fractional one, or a code's name in place of the code."""
     if isinstance(predicted, (int, float)) and isinstance(expected, (int, float)):
-        if float(expected).is_integer() and isinstance(expected, int):
+        if isinstance(expected, int):
             return predicted == expected
         return abs(predicted - expected) <= 0.05 + 1e-9
     return _plain(predicted) == _plain(expected)
@@ -173,25 +145,18 @@ def same_result(predicted: list[tuple], expected: list[tuple], ordered: bool) ->
     wide, narrow = len(predicted[0]), len(expected[0])
     if wide < narrow or wide > 25:
         return False
-    found = [[p for p in range(wide) if _same_column([r[p] for r in predicted], [r[e] for r in expected], ordered)] for e in range(narrow)]
-    for columns in itertools.islice(itertools.product(*found), 500):
-        if len(set(columns)) == narrow and _same_rows([[r[p] for p in columns] for r in predicted], expected, ordered):
-            return True
-    return False
-
-
-def _same_column(predicted, expected, ordered) -> bool:
-    return _same_rows([[v] for v in predicted], [[v] for v in expected], ordered)
+    found = [[p for p in range(wide) if _same_rows([[r[p]] for r in predicted], [[r[e]] for r in expected], ordered)] for e in range(narrow)]
+    choices = itertools.islice(itertools.product(*found), 500)
+    return any(len(set(c)) == narrow and _same_rows([[r[p] for p in c] for r in predicted], expected, ordered) for c in choices)
 
 
 def _same_rows(predicted, expected, ordered) -> bool:
     def equal(a, b):
         return all(map(same_value, a, b))
 
-    if all(map(equal, predicted, expected)):
-        return True
-    if ordered:
-        return False
+    same = all(map(equal, predicted, expected))
+    if same or ordered:
+        return same
     left = list(predicted)
     for row in expected:
         match = next((i for i, other in enumerate(left) if equal(other, row)), None)
@@ -231,24 +196,22 @@ class Judge:
         """Judges one answer: {"correct", "kind", "sql"}; with `single` also "single", right on the real database alone."""
         sql = extract_sql(answer)
         refused = REFUSAL.lower().rstrip(".") in answer.lower().replace("’", "'")
+
+        def verdict(kind: str, lucky: bool = False) -> dict:
+            return {"correct": kind == "right", "kind": kind, "sql": sql, "single": kind == "right" or lucky}
+
         if reference == REFUSAL:
-            return {
-                "correct": refused and not sql,
-                "kind": "right" if refused and not sql else "answered the unanswerable",
-                "sql": sql,
-                "single": refused and not sql,
-            }
+            return verdict("right" if refused and not sql else "answered the unanswerable")
         if refused or not sql:
-            return {"correct": False, "kind": "refused" if refused else "no query", "sql": sql, "single": False}
+            return verdict("refused" if refused else "no query")
         if " ".join(sql.split()) == " ".join(reference.split()):
-            return {"correct": True, "kind": "right", "sql": sql, "single": True}
-        verdict = {"correct": False, "sql": sql, "single": False}
+            return verdict("right")
         try:
-            verdict["correct"] = all(self.agrees(i, sql, reference, ordered) for i in (0, 1, -1))
-            verdict["single"] = verdict["correct"] or (single and self.agrees(-1, sql, reference, ordered))
+            if all(self.agrees(i, sql, reference, ordered) for i in (0, 1, -1)):
+                return verdict("right")
+            return verdict(mistake(sql, reference), lucky=single and self.agrees(-1, sql, reference, ordered))
         except safe.SqlError as error:
-            return verdict | {"kind": f"does not run ({error.reason})"}
-        return verdict | {"kind": "right" if verdict["correct"] else mistake(sql, reference)}
+            return verdict(f"does not run ({error.reason})")
 
 
 def mistake(sql: str, reference: str) -> str:
@@ -262,8 +225,8 @@ def mistake(sql: str, reference: str) -> str:
         conditions = frozenset(c.strip().lower() for c in re.split(r"\bAND\b", where[1], flags=re.I)) if where else frozenset()
         return select.lower(), conditions, tail[0].lower() if tail else ""
 
-    differs = [a != b for a, b in zip(parts(sql), parts(reference), strict=True)]
-    names = [name for name, differ in zip(("what is computed", "the filter", "the grouping or order"), differs, strict=True) if differ]
+    compared = zip(("what is computed", "the filter", "the grouping or order"), parts(sql), parts(reference), strict=True)
+    names = [name for name, ours, theirs in compared if ours != theirs]
     return "wrong: " + (" and ".join(names[:2]) if names else "the value")
 
 
@@ -275,11 +238,10 @@ def judge() -> Judge:
 
 def execution_accuracy(answers: list[str], questions, single: bool = False) -> list[dict]:
     """One dict a question: id, intent, phrasing, correct, kind, sql (what was run); the per-question record of a run."""
-    records = []
-    for answer, row in zip(answers, questions, strict=True):
-        verdict = judge().judge(answer, row["sql"], bool(row.get("ordered")), single)
-        records.append({k: row.get(k) for k in ("id", "question", "intent", "phrasing")} | verdict)
-    return records
+    return [
+        {k: row.get(k) for k in ("id", "question", "intent", "phrasing")} | judge().judge(answer, row["sql"], bool(row.get("ordered")), single)
+        for answer, row in zip(answers, questions, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- scores and intervals
@@ -299,63 +261,63 @@ class Score:
         return f"{self.accuracy:.0%} ({self.low:.0%} to {self.high:.0%}, n = {self.n})"
 
 
-def _clusters(records) -> list[list[int]]:
-    """Positions of the questions of each phrasing, grouped for the bootstrap; a row without a phrasing is its own."""
-    by: dict[str, list[int]] = {}
+def _strata(records) -> list[list[list[int]]]:
+    """Positions of the questions by phrasing, and these by intent; a row without a phrasing is its own.
+
+    Where an intent has a single phrasing its stratum has no spread to resample, so all phrasings then form one stratum.
+    """
+    phrasings: dict[str, list[int]] = {}
     for i, record in enumerate(records):
-        by.setdefault(str(record.get("phrasing") or record.get("id") or i), []).append(i)
-    return list(by.values())
+        phrasings.setdefault(str(record.get("phrasing") or record.get("id") or i), []).append(i)
+    intents: dict[str, list[list[int]]] = {}
+    for cluster in phrasings.values():
+        intents.setdefault(str(records[cluster[0]].get("intent")), []).append(cluster)
+    thin = any(len(clusters) == 1 for clusters in intents.values())
+    return [list(phrasings.values())] if thin else list(intents.values())
 
 
-def _bootstrap(values, records, draws: int, seed: int):
-    """Means of `values` over resampled phrasings, within each intent (strata kept), as an array of `draws`."""
+def _interval(values, strata, draws: int, seed: int) -> tuple[float, float]:
+    """A 95 % interval of the mean of `values`: the quantiles over `draws` that resample phrasings within each intent."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
     values = np.asarray(values, dtype=float)
-    strata: dict[str, list[list[int]]] = {}
-    for cluster in _clusters(records):
-        strata.setdefault(str(records[cluster[0]].get("intent")), []).append(cluster)
     total, count = np.zeros(draws), np.zeros(draws)
-    for clusters in strata.values():
+    for clusters in strata:
         sums = np.array([values[c].sum() for c in clusters])
         sizes = np.array([len(c) for c in clusters])
         picks = rng.integers(0, len(clusters), (draws, len(clusters)))
         total += sums[picks].sum(axis=1)
         count += sizes[picks].sum(axis=1)
-    return total / count
+    low, high = np.quantile(total / count, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def score(records, draws: int = 2000, seed: int = 0) -> Score:
     """Accuracy with a 95 % bootstrap interval that resamples phrasings within intents, not single questions.
 
-    Where an intent has a single phrasing its stratum has no spread to resample, so all phrasings then form one stratum.
     Where all answers are right, or all wrong, nothing varies: the open end is then the exact binomial bound (Clopper and
-    Pearson 1934) for as many trials as there are phrasings.
+    Pearson 1934) for as many trials as there are phrasings. `pooled` seeds count by their shares.
     """
-    import numpy as np
-
-    right = [bool(r["correct"]) for r in records]
+    right = [float(r["correct"]) for r in records]
     if not right:
         raise CourseError("There is nothing to score: no questions.")
-    low, high = np.quantile(_bootstrap(right, _strata_or_flat(records), draws, seed), [0.025, 0.975])
-    bound = 0.025 ** (1 / len(_clusters(records)))
-    if all(right):
+    strata = _strata(records)
+    low, high = _interval(right, strata, draws, seed)
+    bound = 0.025 ** (1 / sum(map(len, strata)))
+    if min(right) == 1:
         low = bound
     if not any(right):
         high = 1 - bound
-    return Score(len(right), sum(right), sum(right) / len(right), float(low), float(high))
+    return Score(len(right), round(sum(right)), sum(right) / len(right), low, high)
 
 
 def paired_difference(records_a, records_b, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Accuracy of a minus accuracy of b on the same questions: (difference, low, high), a paired cluster bootstrap."""
-    import numpy as np
-
     if [r["id"] for r in records_a] != [r["id"] for r in records_b]:
         raise CourseError("A paired comparison needs the same questions in the same order in both records.")
     gain = [float(a["correct"]) - float(b["correct"]) for a, b in zip(records_a, records_b, strict=True)]
-    low, high = np.quantile(_bootstrap(gain, _strata_or_flat(records_a), draws, seed), [0.025, 0.975])
-    return sum(gain) / len(gain), float(low), float(high)
+    return sum(gain) / len(gain), *_interval(gain, _strata(records_a), draws, seed)
 
 
 def pooled(runs: list[list[dict]]) -> list[dict]:
@@ -365,17 +327,8 @@ def pooled(runs: list[list[dict]]) -> list[dict]:
     return [dict(rows[0], correct=sum(bool(r["correct"]) for r in rows) / len(rows)) for rows in zip(*runs, strict=True)]
 
 
-def _strata_or_flat(records):
-    phrasings: dict[str, set] = {}
-    for i, r in enumerate(records):
-        phrasings.setdefault(str(r.get("intent")), set()).add(r.get("phrasing") or r.get("id") or i)
-    thin = sum(len(p) < 2 for p in phrasings.values()) > 0
-    return [dict(r, intent=None) for r in records] if thin else records
-
-
-def ask(model, tokenizer, questions, system=None, shots=None, progress: str = "", **kwargs) -> tuple[list[str], float]:
+def ask(model, tokenizer, questions, system: str = SYSTEM_PROMPT, shots=None, progress: str = "", **kwargs) -> tuple[list[str], float]:
     """Answers to a split's questions and the seconds it took. `shots` maps a question to its few-shot rows."""
     start = time.perf_counter()
-    extra = {"system": system} if system else {}
-    chats = [chat(q["question"], shots=shots(q["question"]) if shots else (), **extra) for q in questions]
+    chats = [chat(q["question"], system, shots(q["question"]) if shots else ()) for q in questions]
     return generate(model, tokenizer, chats, progress=progress, **kwargs), time.perf_counter() - start

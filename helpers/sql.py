@@ -7,6 +7,7 @@ script as well, hence only the standard library and no import from the course.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -51,15 +52,13 @@ START_SECONDS = 30  # the worker starts in 0.05 s; a laptop's virus scanner may 
 MESSAGES = {  # reason: the sentence; {detail} is SQLite's own message, which learners need
     "empty": "There is no SQL here: type one SELECT.",
     "syntax": "SQLite can't read this query ({detail}): correct it and run it again.",
-    "unknown name": "SQLite doesn't know a name in this query ({detail}): check it against the columns of flights and "
-    "airports, and put text in 'single quotes'.",
+    "unknown name": "SQLite doesn't know a name in this query ({detail}): check the columns of flights and airports, put text in 'single quotes'.",
     "several statements": "Only one statement is run at a time: keep one SELECT and remove the rest.",
     "forbidden": "Only SELECT from flights and airports is allowed here ({detail}): rewrite the query as one SELECT.",
     "time": "The query was stopped after {seconds:g} s: make it do less, with a narrower WHERE or one join fewer.",
     "killed": "The query was stopped with its process, which was busy for {kill_seconds:g} s or out of memory: make it do less.",
     "too large": "The query, or what it makes, is too large ({detail}): ask for fewer or shorter things.",
-    "missing database": "The flights database is missing or damaged ({detail}): delete the file if there is one, and "
-    "build it with helpers.flights.database_path().",
+    "missing database": "The flights database is missing or damaged ({detail}): delete what there is and call helpers.flights.database_path().",
 }
 
 
@@ -111,13 +110,11 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
     path = Path(path).resolve()
     if not path.is_file():  # SQLite's own message would name the path
         raise _problem("missing database", "no such file")
-    # immutable: the file is renamed into place once built, so no locks and no look for a journal beside it. as_uri
-    # percent-encodes, so that a "?" in a folder's name can't start the options.
+    connection = None
     try:
+        # immutable: the file is renamed into place once built, so no locks and no look for a journal beside it. as_uri
+        # percent-encodes, so that a "?" in a folder's name can't start the options.
         connection = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
-    except sqlite3.Error as error:
-        raise _problem("missing database", str(error)) from None
-    try:
         for pragma in (
             "query_only=ON",
             "trusted_schema=OFF",
@@ -128,13 +125,12 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
             connection.execute(f"PRAGMA {pragma}").fetchall()
         known = {row[0].lower() for row in connection.execute("SELECT name FROM sqlite_master")}
         if missing := set(TABLES) - known:
-            raise _problem("missing database", f"no table {' or '.join(sorted(missing))}")
+            raise sqlite3.DatabaseError(f"no table {' or '.join(sorted(missing))}")
         known |= {row[0].lower() for row in connection.execute("PRAGMA module_list")}
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, sqlite3.Error):
-            raise _problem("missing database", str(error)) from None
-        raise
+    except sqlite3.Error as error:
+        if connection:
+            connection.close()
+        raise _problem("missing database", str(error)) from None
     if hasattr(connection, "enable_load_extension"):  # some builds of Python leave it out
         connection.enable_load_extension(False)
     if hasattr(connection, "setconfig"):  # Python 3.12; see _names_only for 3.11
@@ -151,11 +147,10 @@ def _authorizer(known: set[str]):
     """SQLite asks it about each thing a statement would do, before it does it; an exception in it counts as a no."""
 
     def allow(action, first, second, database, trigger) -> int:
-        if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE):  # endless recursion is the limits' business
-            ok = True
-        elif action == sqlite3.SQLITE_FUNCTION:
+        ok = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)  # endless recursion is the limits' business
+        if action == sqlite3.SQLITE_FUNCTION:
             ok = second.lower() in FUNCTIONS
-        elif action == sqlite3.SQLITE_READ:
+        if action == sqlite3.SQLITE_READ:
             table = (first or "").lower()
             ok = table in TABLES and database in ("main", None)
             # A table read without a column (count(*)) is named as in the query, which may be the name of a CTE:
@@ -163,8 +158,6 @@ def _authorizer(known: set[str]):
             # named, hence the prefixes.
             unreal = table not in known and not table.startswith(("sqlite_", "pragma_", "json"))
             ok = ok or (second == "" and database is None and unreal)
-        else:
-            ok = False
         return sqlite3.SQLITE_OK if ok else sqlite3.SQLITE_DENY
 
     return allow
@@ -199,16 +192,10 @@ def execute(connection: sqlite3.Connection, sql: str, limits: Limits = Limits())
 
 
 def _check_text(sql: str, limits: Limits) -> None:
-    if not sql.strip():
-        raise _problem("empty")
-    try:
-        size = len(sql) if len(sql) > limits.sql_bytes else len(sql.encode())
-    except UnicodeEncodeError:
-        raise _problem("syntax", "half a character, a lone surrogate, is in it") from None
-    if size > limits.sql_bytes:
+    if re.search("[\0\ud800-\udfff]", sql):  # SQLite would stop reading at the one; the other can't be sent to it
+        raise _problem("syntax", "a null character, or half a character (a lone surrogate), is in it")
+    if (size := len(sql.encode())) > limits.sql_bytes:
         raise _problem("too large", f"the query has {size:,} bytes, the limit is {limits.sql_bytes:,}")
-    if "\0" in sql:  # SQLite would stop reading there
-        raise _problem("syntax", "a null character is in it")
 
 
 def _names_only(sql: str) -> str:
@@ -228,9 +215,7 @@ def _names_only(sql: str) -> str:
 def _collect(cursor: sqlite3.Cursor, limits: Limits) -> Result:
     """Reads the rows up to the limits, one at a time, so that no more than that is ever held."""
     rows, total = [], 0
-    for row in cursor:
-        if len(rows) == limits.rows:
-            return Result([column[0] for column in cursor.description], rows, True)
+    for row in itertools.islice(cursor, limits.rows):
         for value in row:
             size = len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 8
             total += size
@@ -239,21 +224,18 @@ def _collect(cursor: sqlite3.Cursor, limits: Limits) -> Result:
         if total > limits.result_bytes:
             raise _problem("too large", f"the answer has more than {limits.result_bytes:,} bytes")
         rows.append(row)
-    return Result([column[0] for column in cursor.description], rows, False)
+    return Result([column[0] for column in cursor.description], rows, truncated=next(cursor, None) is not None)
 
 
 def _reason(error: Exception) -> str | None:
     """The word for what SQLite reports; None for a mistake of the calling code, such as a closed connection."""
-    text = str(error)
-    if isinstance(error, (MemoryError, sqlite3.DataError)):
+    text, code = str(error), getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
+    if isinstance(error, (MemoryError, sqlite3.DataError)) or code in (sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_NOMEM):
         return "too large"
     if "one statement at a time" in text:  # Python's own, without a code
         return "several statements"
-    if not hasattr(error, "sqlite_errorcode"):
+    if not code:
         return None
-    code = error.sqlite_errorcode & 0xFF  # without the details in the higher bits
-    if code in (sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_NOMEM):
-        return "too large"
     if code == sqlite3.SQLITE_INTERRUPT:
         return "time"
     if code in (sqlite3.SQLITE_AUTH, sqlite3.SQLITE_READONLY) or re.search("not authorized|prohibited|vtable|may not be", text):
@@ -277,7 +259,7 @@ def run_untrusted(sql: str, path: str | Path, limits: Limits = Limits()) -> Resu
         return worker.run(sql)
 
 
-class Worker:
+class Worker(contextlib.AbstractContextManager):
     """A process that runs one query after another on the database at `path`, killed and replaced when one hangs.
 
     A context manager. Threads may share one: their queries run in turn. The process starts with the first query.
@@ -303,13 +285,7 @@ class Worker:
         process, self._process = self._process, None
         if process:
             process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what was still to be written has no reader
-                    pipe.close()
-
-    def __enter__(self) -> "Worker":
-        return self
+            process.communicate()  # waits for it and closes the pipes, whatever is still in them
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -344,11 +320,10 @@ class Worker:
         timer.start()
         line = b""
         try:
-            process.stdin.write(json.dumps(message).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline(10 * self.limits.result_bytes)  # JSON writes é as \u00e9
-        except OSError:
-            pass  # it died before it read the question
+            with contextlib.suppress(OSError):  # it died before it read the question
+                process.stdin.write(json.dumps(message).encode() + b"\n")
+                process.stdin.flush()
+                line = process.stdout.readline(10 * self.limits.result_bytes)  # JSON writes é as \u00e9
         finally:
             timer.cancel()
             timer.join()  # from here on it can't fire into the next query
@@ -364,30 +339,22 @@ class Worker:
 
 def _serve() -> None:
     """The worker's side: the database and the limits on the first line, then a query a line; an answer a line."""
-
-    def tell(answer: dict) -> None:
-        text = json.dumps(answer, default=lambda blob: {"hex": blob.hex()})
-        sys.stdout.buffer.write(text.encode() + b"\n")
-        sys.stdout.buffer.flush()
-
-    def tell_error(error: SqlError) -> None:
-        tell({"reason": error.reason, "message": str(error)})
-
-    first = json.loads(sys.stdin.buffer.readline())
-    limits = Limits(**first["limits"])
-    try:
-        connection = connect(first["path"], limits)
-    except SqlError as error:
-        return tell_error(error)
-    connection.execute("SELECT random()").fetchall()  # SQLite reads its seed from a file, once
-    _confine(limits)
-    tell({})
+    connection = None
     for line in iter(sys.stdin.buffer.readline, b""):  # nothing more to read: the parent has gone
-        _confine_cpu(limits)
+        message, answer = json.loads(line), {}
         try:
-            tell(vars(execute(connection, json.loads(line)["sql"], limits)))
+            if connection is None:
+                limits = Limits(**message["limits"])
+                connection = connect(message["path"], limits)
+                connection.execute("SELECT random()").fetchall()  # SQLite reads its seed from a file, once
+                _confine(limits)
+            else:
+                _confine_cpu(limits)
+                answer = vars(execute(connection, message["sql"], limits))
         except SqlError as error:
-            tell_error(error)
+            answer = {"reason": error.reason, "message": str(error)}
+        sys.stdout.buffer.write(json.dumps(answer, default=lambda blob: {"hex": blob.hex()}).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def _confine(limits: Limits) -> None:

@@ -4,23 +4,38 @@
 """
 
 import argparse
-import dataclasses
+import hashlib
 import json
 import os
 import platform
 import random
 import sys
+import tempfile
 import time
+from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from helpers import baselines, flights, models, recipes, scoreboard, scoring
 from helpers.recipes import SFTRecipe
-from helpers.runtime import CourseError, device, setup
+from helpers.runtime import CourseError, device, setup, write_whole
 
 SHORT = 100  # steps of a sweep's runs, all equal; the main recipe has more
 SEEDS = (0, 1, 2)
 EXAMPLES = (100, 400, None)
 PHRASINGS = (1, 4, None)
+LAYER = "model.layers.15.mlp.down_proj"  # whose ΔW is looked at
+RANKS = (1, 4, 16, 64)  # alpha stays: the scale is alpha / r, as in Hu et al. 2021
+# One grid of learning rates a method, each about three times the one before; the best on validation (seed 0) is the
+# method's own. Three points each, and one more where the best lay at the edge.
+METHODS = {
+    "QLoRA": (SFTRecipe(steps=SHORT), (1e-3, 3e-3, 1e-2)),
+    "LoRA": (SFTRecipe(steps=SHORT, bits=16), (1e-3, 3e-3, 1e-2)),
+    "IA3": (SFTRecipe(steps=SHORT, bits=16, method="ia3"), (1e-2, 3e-2, 1e-1, 3e-1)),
+    "prompt tuning": (SFTRecipe(steps=SHORT, bits=16, method="prompt"), (3e-2, 1e-1, 3e-1, 1.0)),
+    "full fine-tuning": (SFTRecipe(steps=SHORT, bits=16, method="full"), (3e-5, 1e-4, 3e-4, 1e-3)),
+}
+TESTED = ("baselines", "sft", "lora", "methods")  # these are scored on the test questions as well; nothing is chosen there
 # Of accuracy, between two runs of one recipe: 16-bit rounding alone (another processor, other threads) sends training
 # another way, and the standard error of a paired difference on 100 questions is about 5 points; twice that.
 TOLERANCE = 0.10
@@ -28,31 +43,69 @@ TOLERANCE = 0.10
 
 def plan() -> dict[str, list[dict]]:
     """Every recorded run: sweep name, then what decides each run (its hash) and how to make it again."""
+
+    def points(stage, *recipes):
+        """Each recipe with each seed."""
+        return [{"stage": stage, "seed": s, "recipe": replace(recipe, seed=s)} for s in SEEDS for recipe in recipes]
+
     short = SFTRecipe(steps=SHORT)
     return {
         "baselines": [{"stage": s, "seed": 0} for s in baselines.STAGES],
-        "sft": [{"stage": "sft", "seed": s, "recipe": SFTRecipe(seed=s)} for s in SEEDS],
-        "examples": [{"stage": "sft", "seed": s, "recipe": dataclasses.replace(short, seed=s, examples=n)} for s in SEEDS for n in EXAMPLES],
-        "phrasings": [{"stage": "sft", "seed": s, "recipe": dataclasses.replace(short, seed=s, phrasings=n)} for s in SEEDS for n in PHRASINGS],
+        "sft": points("sft", SFTRecipe()),
+        "examples": points("sft", *(replace(short, examples=n) for n in EXAMPLES)),
+        "lora": points("lora", SFTRecipe(bits=16)),
+        "ranks": points("sft", *(replace(short, rank=r) for r in RANKS)),
+        "search": [{"stage": m, "seed": 0, "recipe": replace(r, learning_rate=rate)} for m, (r, rates) in METHODS.items() for rate in rates],
+        "methods": [p for m, (r, _) in METHODS.items() if (rate := chosen_rate(m)) for p in points(m, replace(r, learning_rate=rate))],
+        "phrasings": points("sft", *(replace(short, phrasings=n) for n in PHRASINGS)),
     }
+
+
+def chosen_rate(method: str) -> float | None:
+    """The learning rate of `METHODS` that did best on validation at seed 0 (of equals, that with the lower loss at the end)."""
+    recipe, rates = METHODS[method]
+    wanted = [asdict(replace(recipe, learning_rate=rate)) for rate in rates]
+    runs = [r for r in scoreboard.recorded("search") if r["recipe"] in wanted]
+    if len(runs) < len(rates):
+        return None  # the search comes first
+    best = max(runs, key=lambda r: (scoring.score(r["splits"]["validation"]["records"]).correct, -final_loss(r)))
+    return best["recipe"]["learning_rate"]
+
+
+def final_loss(run: dict) -> float:
+    """Mean of a recorded run's last five logged losses (fifty steps), in nats per SQL token."""
+    return sum(loss for _, loss in run["losses"][-5:]) / 5
 
 
 def splits(sweep: str):
     """The questions that a sweep's runs are scored on. The test splits are for main runs and baselines only."""
     found = {"validation": flights.subset(flights.load_questions("validation"))}
-    if sweep in ("baselines", "sft"):
-        found |= {"test": flights.load_questions("test"), "freeform": flights.load_questions("freeform", "final")}
+    if sweep in TESTED:
+        found["test"] = flights.load_questions("test")
+    if sweep in TESTED and sweep != "methods":
+        found["freeform"] = flights.load_questions("freeform", "final")
     return found
 
 
 def key(sweep: str, point: dict) -> str:
     """A hash of all that decides the result: recipe or baseline, its prompt, and the questions' bytes."""
-    import hashlib
-
     parts = [point["stage"], point["recipe"].key() if "recipe" in point else [flights.SCHEMA_PROMPT, baselines.ZERO_SHOT, models.COURSE_MODEL]]
-    names = ("validation", "test", "freeform", "train") if sweep in ("baselines", "sft") else ("validation",)
+    names = ("validation", "test", "freeform", "train") if sweep in TESTED else ("validation",)
     parts += [hashlib.sha256((flights.QUESTIONS / f"{n}.jsonl").read_bytes()).hexdigest() for n in names]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+
+
+def spectrum(model, recipe: SFTRecipe) -> list[float] | None:
+    """Singular values, largest first, of the ΔW that training gave one layer; None where the method adds no ΔW."""
+    import torch
+
+    if recipe.method not in ("lora", "full"):
+        return None
+    if recipe.method == "lora":
+        change = model.get_submodule(f"base_model.model.{LAYER}").get_delta_weight("default")
+    else:
+        change = model.get_submodule(LAYER).weight.float() - models.load_model(16, torch.float32).get_submodule(LAYER).weight
+    return [float(f"{value:.4g}") for value in torch.linalg.svdvals(change.detach().float().cpu()).tolist()]
 
 
 def run_point(sweep: str, point: dict) -> dict:
@@ -60,15 +113,15 @@ def run_point(sweep: str, point: dict) -> dict:
     import torch
 
     tokenizer = models.load_tokenizer()
-    start, recipe, losses = time.perf_counter(), point.get("recipe"), None
+    start, recipe, losses, extra = time.perf_counter(), point.get("recipe"), None, {}
     if recipe:
-        import tempfile
-        from pathlib import Path
-
         with tempfile.TemporaryDirectory() as folder:
-            trainer = recipes.make_trainer(recipe, models.load_model(recipe.bits), tokenizer, folder=Path(folder), save_strategy="no")
+            trainer = recipes.make_trainer(recipe, recipes.base_model(recipe), tokenizer, folder=Path(folder), save_strategy="no")
             losses = [[h["step"], round(float(h["loss"]), 4)] for h in recipes.fit(trainer, resume=False)["history"]]
         model = trainer.model.eval()
+        extra = {"spectrum": spectrum(model, recipe)} if sweep == "methods" else {}
+        if recipe.method == "full":  # trained in float32, it answers in this machine's dtype, as the others do
+            model.to(device().dtype)
     else:
         model = None if point["stage"] == "nearest-question" else models.load_model()
     trained, parts = time.perf_counter() - start, {}
@@ -80,10 +133,10 @@ def run_point(sweep: str, point: dict) -> dict:
         print(f"  {split}: {scoring.score(records)}", flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")}
     return {
-        "stage": point["stage"], "seed": point["seed"], "key": key(sweep, point), "recipe": dataclasses.asdict(recipe) if recipe else None,
+        "stage": point["stage"], "seed": point["seed"], "key": key(sweep, point), "recipe": asdict(recipe) if recipe else None,
         "train_seconds": round(trained, 1) if recipe else None, "losses": losses, "versions": versions,
         "machine": f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}, {device().kind}, {device().dtype_name}", "splits": parts,
-    }  # fmt: skip
+    } | extra  # fmt: skip
 
 
 def stale() -> list[str]:
@@ -97,42 +150,33 @@ def stale() -> list[str]:
 
 def run(only: str | None = None) -> None:
     """Runs what is missing or stale, writing after each run, so that an interrupt loses one run at most."""
-    scoreboard.RESULTS.mkdir(parents=True, exist_ok=True)
     for sweep, points in plan().items():
         if only and sweep != only:
             continue
         current = {key(sweep, p): p for p in points}
-        runs = [r for r in scoreboard.recorded(sweep) if r["key"] in current]
         # a run that another sweep has as well is done once
-        runs += [r for other in plan() if other != sweep for r in scoreboard.recorded(other) if r["key"] in current and r["key"] not in {x["key"] for x in runs}]
-        for name, point in current.items():
-            if name in {r["key"] for r in runs}:
-                continue
+        found = {r["key"]: r for other in (*plan(), sweep) for r in scoreboard.recorded(other)}
+        done = {name: found[name] | {"stage": point["stage"]} for name, point in current.items() if name in found}
+        missing = {name: point for name, point in current.items() if name not in done}
+        for name, point in missing.items():
             print(f"{sweep}: {point['stage']} seed {point['seed']} {point.get('recipe') or ''}", flush=True)
-            runs.append(run_point(sweep, point))
-            order = list(current)
-            runs.sort(key=lambda r: order.index(r["key"]))
-            path = scoreboard.RESULTS / f"{sweep}.json"
-            part = path.with_suffix(".part")
-            part.write_text("{\n" + f'"sweep": "{sweep}",\n"runs": [\n' + ",\n".join(json.dumps(r) for r in runs) + "\n]\n}\n")
-            os.replace(part, path)
+            done[name] = run_point(sweep, point)
+            runs = ",\n".join(json.dumps(done[name]) for name in current if name in done)
+            write_whole(scoreboard.RESULTS / f"{sweep}.json", "{\n" + f'"sweep": "{sweep}",\n"runs": [\n{runs}\n]\n' + "}\n")
 
 
-def check(count: int = 1) -> int:
-    """Re-runs `count` recorded points drawn at random and compares accuracy on validation within TOLERANCE."""
-    points = [(sweep, p) for sweep, ps in plan().items() for p in ps]
-    bad = 0
-    for sweep, point in random.sample(points, count):
-        recorded = next((r for r in scoreboard.recorded(sweep) if r["key"] == key(sweep, point)), None)
-        if recorded is None:
-            raise CourseError(f"{sweep} has no current record: run make sweeps first.")
-        print(f"re-running {sweep}: {point}", flush=True)
-        again = run_point(sweep, point)
-        a, b = (scoring.score(r["splits"]["validation"]["records"]).accuracy for r in (recorded, again))
-        ok = abs(a - b) <= TOLERANCE
-        bad += not ok
-        print(f"recorded {a:.1%}, again {b:.1%}: {'within' if ok else 'OUTSIDE'} {TOLERANCE:.0%}", flush=True)
-    return bad
+def check() -> int:
+    """Re-runs a recorded point drawn at random and compares accuracy on validation: 0 within TOLERANCE, else 1."""
+    sweep, point = random.choice([(sweep, p) for sweep, points in plan().items() for p in points])
+    recorded = next((r for r in scoreboard.recorded(sweep) if r["key"] == key(sweep, point)), None)
+    if recorded is None:
+        raise CourseError(f"{sweep} has no current record: run make sweeps first.")
+    print(f"re-running {sweep}: {point}", flush=True)
+    again = run_point(sweep, point)
+    a, b = (scoring.score(r["splits"]["validation"]["records"]).accuracy for r in (recorded, again))
+    ok = abs(a - b) <= TOLERANCE
+    print(f"recorded {a:.1%}, again {b:.1%}: {'within' if ok else 'OUTSIDE'} {TOLERANCE:.0%}", flush=True)
+    return 0 if ok else 1
 
 
 def main() -> int:
@@ -141,13 +185,11 @@ def main() -> int:
     parser.add_argument("sweep", nargs="?")
     chosen = parser.parse_args()
     setup()
-    if chosen.command == "check":
-        return check()
-    if chosen.command == "stale":
+    if chosen.command == "run":
+        run(chosen.sweep)
+    elif chosen.command == "stale":
         print("\n".join(stale()) or "every recorded run is current")
-        return 0
-    run(chosen.sweep)
-    return 0
+    return check() if chosen.command == "check" else 0
 
 
 if __name__ == "__main__":

@@ -56,7 +56,81 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     assert recipes.last_checkpoint(tmp_path).name == "checkpoint-4"
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rank": 0}, "rank r must be at least 1, not 0"),
+        ({"method": "magic"}, "Unknown method 'magic': lora, rslora, dora, ia3, prompt or full"),
+        ({"method": "full"}, "Quantized weights can't be trained: full fine-tuning needs bits=16"),
+    ],
+)
+def test_a_recipe_that_cannot_be(change, says):
+    recipe = dataclasses.replace(TINY, **change)
+    with pytest.raises(CourseError, match=says):
+        recipes.base_model(recipe) if recipe.method == "full" else recipes.peft_config(recipe)
+
+
+def test_target_modules_that_match_nothing():
+    import torch
+
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2), "lm_head": torch.nn.Linear(2, 2), "act": torch.nn.ReLU()})
+    recipes.check_targets(dataclasses.replace(TINY, target_modules=("q_proj",)), model)
+    for wrong in ("query", ("q_proj", "query"), "lm_head"):
+        with pytest.raises(CourseError, match=r"is called (query|lm_head): target_modules can name q_proj, or be 'all-linear'"):
+            recipes.check_targets(dataclasses.replace(TINY, target_modules=wrong), model)
+
+
+def test_one_flag_each_for_rslora_and_dora():
+    flags = {m: recipes.lora_config(dataclasses.replace(TINY, method=m)) for m in ("lora", "rslora", "dora")}
+    assert [(c.use_rslora, c.use_dora) for c in flags.values()] == [(False, False), (True, False), (False, True)]
+
+
 # ---------------------------------------------------------------- what does
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "count"), [("ia3", 57_600), ("prompt", 9_216), ("full", 134_515_008), ("lora", 4_884_480)])
+def test_every_method_trains_what_it_should_in_float32_and_nothing_else(tmp_path, method, count):
+    recipe = dataclasses.replace(TINY, method=method, bits=16, steps=2, learning_rate=1e-3)
+    built = recipes.make_trainer(recipe, recipes.base_model(recipe), models.load_tokenizer(), ROWS, tmp_path, save_strategy="no")
+    learnt = recipes.trainable_state(built.model)
+    frozen = {n: p.detach().clone() for n, p in built.model.named_parameters() if not p.requires_grad}
+    assert sum(p.numel() for p in learnt.values()) == count
+    assert {p.dtype.itemsize for p in built.model.parameters() if p.requires_grad} == {4}
+    recipes.fit(built, resume=False)
+    assert any(not p.equal(learnt[n]) for n, p in recipes.trainable_state(built.model).items())
+    assert all(p.equal(frozen[n]) for n, p in built.model.named_parameters() if n in frozen)
+
+
+@pytest.mark.slow
+def test_merging_into_quantized_weights_is_refused_and_into_16_bits_it_changes_nothing():
+    import torch
+    from peft import get_peft_model
+
+    with pytest.raises(CourseError, match="round the adapter away in part: load the base with bits=16"):
+        recipes.merge(get_peft_model(models.load_model(4), recipes.lora_config(TINY)))
+    model = get_peft_model(models.load_model(16, torch.float32), recipes.lora_config(TINY)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ids = torch.arange(1000, 1008)[None]
+    with torch.no_grad():
+        on = model(ids).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - on).abs().max() > 0.1
+        torch.testing.assert_close(recipes.merge(model)(ids).logits, on, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_goes_on_keeps_its_values(tmp_path):
+    """TRL rounds a trained adapter to bfloat16 when a trainer is built over a quantized base; the recipe puts it back."""
+    import torch
+    from peft import get_peft_model
+
+    model = get_peft_model(models.load_model(4), recipes.lora_config(TINY))
+    before = {n: torch.nn.init.normal_(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    built = recipes.make_trainer(TINY, model, models.load_tokenizer(), ROWS, tmp_path)
+    assert all(p.equal(before[n]) for n, p in recipes.trainable_state(built.model).items())
 
 
 @pytest.mark.slow
@@ -82,7 +156,8 @@ def test_trl_still_casts_and_the_cure_restores_dtype_and_values():
 
 
 @pytest.mark.slow
-def test_our_cpu_loss_is_trls_loss(tmp_path):
+@pytest.mark.parametrize("method", ["lora", "ia3", "prompt", "full"])
+def test_our_cpu_loss_is_trls_loss(tmp_path, method):
     """In float32, on an unquantized base, the same batch: our cheaper loss against TRL's, and its gradients."""
     import torch
     from trl import SFTTrainer
@@ -93,7 +168,7 @@ def test_our_cpu_loss_is_trls_loss(tmp_path):
         args = recipes.sft_config(TINY, tmp_path, bf16=False, fp16=False)
         built = kind(
             model=models.load_model(16, torch.float32), args=args, train_dataset=recipes.training_set(ROWS),
-            processing_class=models.load_tokenizer(), peft_config=recipes.lora_config(TINY),
+            processing_class=models.load_tokenizer(), peft_config=recipes.peft_config(dataclasses.replace(TINY, method=method)),
         )  # fmt: skip
         batch = built.data_collator([built.train_dataset[i] for i in range(4)])
         loss = built.compute_loss(built.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
