@@ -84,7 +84,8 @@ def histogram(values, levels: dict, title: str, x: str):
         base = -height * (0.09 + 0.13 * i)
         axis.vlines(places, base - 0.03 * height, base + 0.03 * height, color="black", linewidth=1.2)
         axis.text(1.03, base, name, va="center", fontsize=9, transform=axis.get_yaxis_transform())
-    return _finish(axis, title, xlabel=x, ylabel="density", ylim=(-height * (0.05 + 0.13 * len(levels)), None))
+    ticks = [tick for tick in axis.get_yticks() if 0 <= tick <= height]
+    return _finish(axis, title, xlabel=x, ylabel="density", yticks=ticks, ylim=(-height * (0.05 + 0.13 * len(levels)), None))
 
 
 def bars(frame, title: str, x: str, unit: str = "{:.3g}", intervals=()):
@@ -101,8 +102,9 @@ def bars(frame, title: str, x: str, unit: str = "{:.3g}", intervals=()):
         places = [i - 0.4 + (j + 0.5) * step for i in range(rows)]
         shade = str(0.35 + 0.5 * j / max(columns - 1, 1))
         axis.barh(places, frame[column], height=0.92 * step, color=shade, hatch=hatches[j % 6], edgecolor="black", linewidth=0.4, label=str(column))
-        for place, value in zip(places, frame[column], strict=True):
-            axis.text(value, place, " " + unit.format(value), va="bottom" if intervals else "center", fontsize=8)
+        ends = [high for _, high in intervals] or frame[column]
+        for place, end, value in zip(places, ends, frame[column], strict=True):
+            axis.text(end, place, " " + unit.format(value), va="center", fontsize=8)
     for i, (low, high) in enumerate(intervals):
         axis.plot([low, high], [i, i], "|-", color="black", linewidth=1, markersize=6)
     axis.set_yticks(range(rows), [str(name) for name in frame.index])

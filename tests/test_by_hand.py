@@ -1,6 +1,7 @@
 """The by-hand pieces of notebooks 01 and 02: they equal the library's, and each assert fails when its piece is broken."""
 
 import os
+import traceback
 
 import nbformat
 import pytest
@@ -9,50 +10,67 @@ from helpers.runtime import ROOT
 
 pytestmark = pytest.mark.slow
 QUANTIZED, LORA = "01_quantized_loading", "02_lora_injection"
+SECOND = "quantized = get_peft_model(models.load_model(4), config)"
+# notebook, what is replaced, by what, and words of the assert that must catch it
 BROKEN = [
-    (QUANTIZED, "torch.round(w * (127 / scale))", "torch.round(w * (126 / scale))"),  # absmax int8
-    (QUANTIZED, "hurt[0, 0] = 10", "hurt[0, 0] = 1"),  # no outlier, no damage
-    (QUANTIZED, "threshold=6.0):\n    outlier", "threshold=600.0):\n    outlier"),  # outliers left in 8 bits
-    (QUANTIZED, "(1 / 30 + 1 / 32)", "(1 / 30 + 1 / 34)"),  # NF4's offset
-    (QUANTIZED, "torch.zeros(1), positive", "torch.zeros(1) + 0.01, positive"),  # its zero
-    (QUANTIZED, "levels, block=64", "levels, block=32"),  # blocks
-    (QUANTIZED, "(first << 4) | second", "(second << 4) | first"),  # packing
-    (QUANTIZED, "0.0625, 2, 3", "0.0725, 2, 3"),  # FP4's smallest level
-    (QUANTIZED, "32 / (64 * 256)", "32 / 256"),  # double quantization's arithmetic
-    (QUANTIZED, "(absmax - absmax.mean())", "absmax"),  # its offset
-    (QUANTIZED, "[state.absmax, state.state2.absmax, state.offset]", "[state.absmax]"),  # its count
-    (QUANTIZED, "/ 15).half()", "/ 7).half()"),  # Q4_1's grid
-    (LORA, "torch.zeros(linear.out_features, r)", "torch.ones(linear.out_features, r)"),  # B = 0
-    (LORA, "linear.requires_grad_(False), alpha / r", "linear.requires_grad_(False), alpha"),  # the scale
-    (LORA, 'and name != "lm_head"', ""),  # a layer too many
-    (LORA, "    model.requires_grad_(False)", "    model.requires_grad_(True)"),  # the rest not frozen
-    (LORA, 'peft.lora_A["default"].weight.copy_(ours.A)', "pass"),  # another A
-    (LORA, "weight += ours.scale * ours.B", "weight += ours.B"),  # merging without the scale
+    (QUANTIZED, "p.numel() * p.element_size()", "p.numel() * 4", "measured - predicted"),  # bytes a parameter
+    (QUANTIZED, "torch.round(w * (127 / scale))", "torch.round(w * (126 / scale))", "codes, theirs"),  # absmax int8
+    (QUANTIZED, "hurt[0, 0] = 10", "hurt[0, 0] = 1", "> 5 * errors"),  # no outlier, no damage
+    (QUANTIZED, "threshold=6.0):\n    outlier", "threshold=6000.0):\n    outlier", "0.5 * token_error"),  # outliers left in 8 bits
+    (QUANTIZED, "x[:, outlier] @ (b", "0.9 * x[:, outlier] @ (b", "token_error"),  # what is kept out of 8 bits
+    (QUANTIZED, "(1 / 30 + 1 / 32)", "(1 / 30 + 1 / 34)", "nf4 - library"),  # NF4's offset
+    (QUANTIZED, "torch.zeros(1), positive", "torch.zeros(1) + 0.01, positive", "nf4 - library"),  # its zero
+    (QUANTIZED, "blocks.abs().amax(1", "(0.99 * blocks).abs().amax(1", "absmax.flatten(), state.absmax"),  # absmax
+    (QUANTIZED, "(first << 4) | second", "(second << 4) | first", "same.all()"),  # packing
+    (QUANTIZED, "(levels[codes.long()] * absmax)", "(levels[codes.long()] * absmax.mean())", "allclose(back"),  # dequantizing
+    (QUANTIZED, "0.0625, 2, 3", "0.0725, 2, 3", "allclose(fp4"),  # FP4's smallest level
+    (QUANTIZED, "32 / (64 * 256)", "32 / 256", "bits - expected"),  # double quantization's arithmetic
+    (QUANTIZED, "(absmax - absmax.mean())", "absmax", "state.state2.absmax"),  # its offset
+    (QUANTIZED, "torch.bucketize(rest / scale", "torch.bucketize(0.9 * rest / scale", "apart.max()"),  # its codes
+    (QUANTIZED, "[state.absmax, state.state2.absmax, state.offset]", "[state.absmax]", "bits - expected"),  # its count
+    (QUANTIZED, "W.reshape(-1, 32).sort", "torch.randn(99, 32).sort", "different.max()"),  # weights that were never Q4_1
+    (QUANTIZED, "/ 15).half()", "/ 7).half()", "error(q4_1(W), W)"),  # Q4_1's grid
+    (LORA, "torch.zeros(linear.out_features, r)", "torch.ones(linear.out_features, r)", "equal(before, after)"),  # B = 0
+    (LORA, "    model.requires_grad_(False)", "    model.requires_grad_(True)", "by_formula == by_sum"),  # the rest not frozen
+    (LORA, 'and name != "lm_head"', "", "by_formula == by_sum"),  # a layer too many
+    (LORA, "linear.requires_grad_(False), alpha / r", "linear.requires_grad_(False), alpha", "close(*outputs"),  # the scale
+    (LORA, 'peft.lora_A["default"].weight.copy_(ours.A)', "pass", "close(*outputs"),  # another A
+    (LORA, "(x @ self.A.T)", "(x @ (2 * self.A - self.A.detach()).T)", "close(mine.grad"),  # right outputs, twice the gradient
+    (LORA, SECOND, SECOND + "\nquantized.base_model.model.model.norm.weight.requires_grad_(True)", "p.grad is None"),  # a base that learns
+    (LORA, SECOND, SECOND + "\n[nn.init.ones_(p) for n, p in quantized.named_parameters() if 'lora_B' in n]", 'size["lora_A"] == 0'),
+    (LORA, SECOND, SECOND + "\n[setattr(p, 'data', p.data.bfloat16()) for p in quantized.parameters() if p.requires_grad]", "p.dtype == torch.float32"),
+    (LORA, "weight += ours.scale * ours.B", "weight += ours.B", "ours.linear(x), detour"),  # merging without the scale
+    (LORA, "weight -= ours.scale * ours.B", "weight -= ours.B", "ours.linear.weight, W"),  # unmerging without it
 ]
 
 
-def run(name: str, old: str = "", new: str = "") -> None:
-    """Executes a notebook's set-up and by-hand cells in one namespace, `old` replaced by `new`."""
+def run(name: str, old: str = "", new: str = "") -> str:
+    """Executes a notebook's set-up and by-hand cells in one namespace, `old` replaced by `new`; the line whose assert failed, or ""."""
     cells = [c for c in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells if c.cell_type == "code"]
     sources = [c.source for i, c in enumerate(cells) if i == 0 or "by-hand" in c.metadata.get("tags", [])]
     assert any(old in source for source in sources), f"{name} no longer has {old!r}"
     namespace = {}
     for source in sources:
-        exec(source.replace(old, new) if old else source, namespace)
+        source = source.replace(old, new) if old else source
+        try:
+            exec(compile(source, "<cell>", "exec"), namespace)
+        except AssertionError as error:
+            (line,) = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<cell>"][:1]
+            return source.splitlines()[line - 1]
+    return ""
 
 
 @pytest.fixture(autouse=True)
-def in_the_notebooks_folder(monkeypatch, capsys):
+def in_the_notebooks_folder(monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     monkeypatch.setitem(os.environ, "COURSE_PROGRESS", "0")
 
 
 @pytest.mark.parametrize("name", [QUANTIZED, LORA])
 def test_by_hand_equals_the_library(name):
-    run(name)
+    assert run(name) == ""
 
 
-@pytest.mark.parametrize(("name", "old", "new"), BROKEN, ids=[new.strip() or "no condition" for _, _, new in BROKEN])
-def test_a_broken_piece_is_caught(name, old, new):
-    with pytest.raises(AssertionError):
-        run(name, old, new)
+@pytest.mark.parametrize(("name", "old", "new", "caught"), BROKEN, ids=[f"{new.strip()[-40:] or 'no condition'}" for _, _, new, _ in BROKEN])
+def test_a_broken_piece_is_caught_by_its_assert(name, old, new, caught):
+    assert caught in run(name, old, new)
