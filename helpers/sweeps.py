@@ -150,10 +150,10 @@ def stale() -> list[str]:
 
 def run(only: str | None = None) -> None:
     """Runs what is missing or stale, writing after each run, so that an interrupt loses one run at most."""
-    for sweep, points in plan().items():
+    for sweep in plan():
         if only and sweep != only:
             continue
-        current = {key(sweep, p): p for p in points}
+        current = {key(sweep, p): p for p in plan()[sweep]}  # asked anew: `methods` follows from what `search` found
         # a run that another sweep has as well is done once
         found = {r["key"]: r for other in (*plan(), sweep) for r in scoreboard.recorded(other)}
         done = {name: found[name] | {"stage": point["stage"]} for name, point in current.items() if name in found}

@@ -1,5 +1,6 @@
 """doctor and ask as a person runs them, plots, scoreboard, sweeps' bookkeeping, baselines."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -211,6 +212,33 @@ def test_sweeps_run_writes_after_each_point_and_goes_on(monkeypatch, tmp_path):
     wrong = [dict(r, correct=False) for r in RECORDS]
     monkeypatch.setattr(sweeps, "run_point", lambda *_: {"splits": {"validation": {"records": wrong}}})
     assert sweeps.check() == 1
+
+
+def test_one_call_searches_and_then_runs_each_method_at_the_rate_it_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(scoreboard, "RESULTS", tmp_path)
+    monkeypatch.setattr(sweeps, "splits", lambda sweep: {})
+    best, lower_loss = {"QLoRA": 1e-3, "LoRA": 1e-2, "IA3": 3e-2, "full fine-tuning": 1e-3}, 0.3  # prompt tuning: a tie in accuracy
+
+    def run_point(sweep, point):
+        recipe = point.get("recipe") or sweeps.SFTRecipe()
+        right = recipe.learning_rate == best.get(point["stage"])
+        losses = [[step, 1.0 - (recipe.learning_rate == lower_loss)] for step in range(10, 101, 10)]
+        records = [dict(r, correct=right) for r in RECORDS]
+        return {
+            "stage": point["stage"],
+            "seed": point["seed"],
+            "key": sweeps.key(sweep, point),
+            "recipe": dataclasses.asdict(recipe),
+            "losses": losses,
+            "splits": {"validation": {"seconds": 1, "records": records}},
+        }
+
+    monkeypatch.setattr(sweeps, "run_point", run_point)
+    assert sweeps.chosen_rate("QLoRA") is None
+    sweeps.run()
+    chosen = {r["stage"]: r["recipe"]["learning_rate"] for r in scoreboard.recorded("methods")}
+    assert chosen == best | {"prompt tuning": lower_loss} and len(scoreboard.recorded("methods")) == 15
+    assert sweeps.stale() == []
 
 
 @pytest.mark.slow
