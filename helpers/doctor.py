@@ -21,7 +21,7 @@ def check_disk(need_gb: float = 2.0) -> str:
     return f"{free:.0f} GB free"
 
 
-def check_memory(need_gb: float = 4.0) -> str:
+def check_memory(need_gb: float = 7.0) -> str:
     total = memory_gb()
     if total < need_gb:
         raise CourseError(f"{total:.1f} GB of memory, about {need_gb:.0f} GB needed: use Colab's free T4 instead.")
