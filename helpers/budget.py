@@ -216,7 +216,8 @@ def training_moments(config, method="qlora", rank=16, batch=8, length=512, check
     gradients, border = trained * trained_bytes, s.layers * t * s.h * dtype_bytes  # checkpointing keeps each layer's input
     widest_gradient = FLOAT32 if cast_inputs and not full and c < FLOAT32 else c
     work = t * (s.f * (2 * c + widest_gradient) + 2 * s.h * c)  # gradients of the MLP's inner activations and of the residual
-    inside, kept, in_layer, growing = (s.layers * layer + last + copies,) * 3 + (0,)
+    inside = kept = in_layer = s.layers * layer + last + copies
+    growing = 0
     if checkpointing:  # the last layer's backward has all inputs kept and no gradients, the first one's the reverse
         inside, kept = border + last + copies, border + last + c * head * cast
         growing, inputs = (gradients, 0) if gradients > border else (0, border)

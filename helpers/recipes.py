@@ -12,7 +12,7 @@ from pathlib import Path
 from helpers import flights
 from helpers.menu import choose
 from helpers.models import load_model, load_tokenizer
-from helpers.runtime import CourseError, building, device, runs_dir, seed_everything
+from helpers.runtime import CourseError, building, device, runs_dir, seed_everything, write_whole
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def finish(trainer) -> dict:
         return json.loads(done.read_text())
     result = fit(trainer)
     export_adapter(trainer.model, folder / "adapter")
-    done.write_text(json.dumps(result))
+    write_whole(done, json.dumps(result))
     return result
 
 

@@ -68,7 +68,7 @@ def chosen_rate(method: str) -> float | None:
     runs = [r for r in scoreboard.recorded("search") if r["recipe"] in wanted]
     if len(runs) < len(rates):
         return None  # the search comes first
-    best = max(runs, key=lambda r: (scoring.score(r["splits"]["validation"]["records"]).correct, -final_loss(r)))
+    best = max(runs, key=lambda r: (sum(q["correct"] for q in r["splits"]["validation"]["records"]), -final_loss(r)))
     return best["recipe"]["learning_rate"]
 
 
@@ -153,9 +153,10 @@ def run(only: str | None = None) -> None:
     for sweep in plan():
         if only and sweep != only:
             continue
-        current = {key(sweep, p): p for p in plan()[sweep]}  # asked anew: `methods` follows from what `search` found
+        points = plan()  # anew: `methods` follows from what `search` found
+        current = {key(sweep, p): p for p in points[sweep]}
         # a run that another sweep has as well is done once
-        found = {r["key"]: r for other in (*plan(), sweep) for r in scoreboard.recorded(other)}
+        found = {r["key"]: r for other in (*points, sweep) for r in scoreboard.recorded(other)}
         done = {name: found[name] | {"stage": point["stage"]} for name, point in current.items() if name in found}
         missing = {name: point for name, point in current.items() if name not in done}
         for name, point in missing.items():
