@@ -24,34 +24,34 @@ $(VENV)/installed: pyproject.toml constraints.txt
 install: $(VENV)/installed ## make .venv with everything in it
 
 course: install ## run the core course headless and print the scoreboard (FRESH=1: reuse nothing, neither runs nor the cached model)
-	@$(RUN) -m helpers.course run $(if $(FRESH),--fresh)
+	@$(RUN) -m course run $(if $(FRESH),--fresh)
 
 test: install ## every test: unit tests, then nbval over every notebook
-	@$(RUN) -m helpers.course test
+	@$(RUN) -m course test
 
 test-fast: install ## the quick tests, for each commit (under a minute)
 	@$(RUN) -m ruff check . && $(RUN) -m pytest -m "not slow" tests
 
 test-alone: install ## each notebook by itself, with an empty runs/
-	@$(RUN) -m helpers.course alone
+	@$(RUN) -m course alone
 
 lab: install ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 refresh: install ## re-execute the notebooks in place, in order, for committing
-	@$(RUN) -m helpers.course refresh $(NOTEBOOK)
+	@$(RUN) -m course refresh $(NOTEBOOK)
 
 sweeps: install ## run and record what costs hours: data/results/*.json
-	@$(RUN) -m helpers.sweeps run $(SWEEP)
+	@$(RUN) -m course.sweeps run $(SWEEP)
 
 sweeps-check: install ## re-run recorded points at random and compare
-	@$(RUN) -m helpers.sweeps check
+	@$(RUN) -m course.sweeps check
 
 bench: install ## speed and memory, side by side in one run
-	@$(RUN) benchmarks/training.py && $(RUN) benchmarks/evaluation.py
+	@$(RUN) benchmarks/training.py && $(RUN) benchmarks/evaluation.py && $(RUN) benchmarks/preference.py
 
 lock: install ## write constraints.txt anew from what is installed
-	@$(RUN) -m helpers.course lock
+	@$(RUN) -m course lock
 
 clean: ## remove the virtual environment, runs and caches of this folder (the user's cache stays)
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .coverage* build *.egg-info

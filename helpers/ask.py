@@ -1,6 +1,6 @@
 """`python -m helpers.ask "How many flights left JFK in July?"`: asks the model, runs its SQL safely, prints both.
 
---stage base|sft picks the model before or after training; --jsonl reads one question a line from standard input and
+--stage base|sft|dpo picks the model as it comes, fine-tuned, or tuned to the house style; --jsonl reads one question a line from standard input and
 writes one JSON object a line: question, sql, columns, rows, error.
 """
 
@@ -9,21 +9,21 @@ import contextlib
 import json
 import sys
 
-from helpers import flights, models, recipes, scoring, sql
+from helpers import dpo, flights, models, recipes, scoring, sql
 from helpers.runtime import CourseError, setup
 
 MAX_QUESTION = 500  # characters
 
 
 class Asker:
-    """A loaded model and a worker process for its SQL. `stage`: base (the model as it comes) or sft (trained)."""
+    """A loaded model and a worker process for its SQL. `stage`: base (the model as it comes), sft or dpo (notebooks 03 and 04)."""
 
     def __init__(self, stage: str = "sft"):
         setup()
-        trained = stage == "sft"
-        self.system = flights.SYSTEM_PROMPT if trained else flights.SCHEMA_PROMPT
+        adapter = {"base": None, "sft": recipes.sft_adapter, "dpo": dpo.adapter}[stage]
+        self.system = flights.SYSTEM_PROMPT if adapter else flights.SCHEMA_PROMPT
         self.tokenizer = models.load_tokenizer()
-        self.model = recipes.load_adapter(recipes.sft_adapter()) if trained else models.load_model()
+        self.model = recipes.load_adapter(adapter()) if adapter else models.load_model()
         self.worker = sql.Worker(flights.database_path())
 
     def answer(self, question: str) -> dict:
@@ -63,7 +63,7 @@ def show(reply: dict, limit: int = 20) -> str:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.ask", description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="?", help="a question in plain English")
-    parser.add_argument("--stage", choices=["base", "sft"], default="sft", help="the model before or after training (sft trains it if need be)")
+    parser.add_argument("--stage", choices=["base", "sft", "dpo"], default="sft", help="as it comes, fine-tuned, or in the house style (trained if need be)")
     parser.add_argument("--jsonl", action="store_true", help="one question a line from standard input, one JSON object a line out")
     chosen = parser.parse_args(arguments)
     if not chosen.jsonl and not chosen.question:

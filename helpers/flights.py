@@ -114,12 +114,13 @@ def _built(name: str, change) -> Path:
 # ---------------------------------------------------------------- the questions
 
 
-def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False) -> list[dict]:
+def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False, check=None) -> list[dict]:
     """Reads JSON Lines whole or not at all: every problem is listed with file, line, field and remedy (CourseError).
 
     Each line is an object; the `required` fields are non-empty strings; no question may appear twice with different
     answers or at all (leading and trailing spaces and case aside). CRLF line ends and a byte-order mark, which Windows
-    editors write, are read as if they weren't there. With `check_sql`, each `sql` is run, read-only.
+    editors write, are read as if they weren't there. With `check_sql`, each `sql` is run, read-only; a `check` of your own
+    is called with each row and raises CourseError.
     """
     path = Path(path)
     try:
@@ -133,6 +134,8 @@ def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool =
                 continue
             try:
                 row = _parse_line(raw, required, connection)
+                if check:
+                    check(row)
                 question = row.get("question", "").strip().lower()
                 if question and seen.setdefault(question, number) != number:
                     raise CourseError(f"field 'question': the same question as line {seen[question]}; remove one of them")
@@ -158,7 +161,7 @@ def _parse_line(raw: bytes, required, connection=None) -> dict:
     except ValueError as error:
         raise CourseError(f"not JSON ({error}); check quotes, commas and braces") from None
     if not isinstance(row, dict):
-        raise CourseError('not an object; write {"question": "…", "sql": "…"}')
+        raise CourseError("not an object; write {" + ", ".join(f'"{field}": "…"' for field in required) + "}")
     for field in required:
         if field not in row:
             raise CourseError(f"field {field!r} is missing; add it")

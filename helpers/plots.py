@@ -28,7 +28,7 @@ def accuracy_bars(rows: list[dict], title: str):
     axis = _axis(0.8 + 0.42 * len(rows))
     accuracy = [100 * r["accuracy"] for r in rows]
     errors = [[100 * max(r["accuracy"] - r["low"], 0) for r in rows], [100 * max(r["high"] - r["accuracy"], 0) for r in rows]]
-    colours = ["0.35" if r["stage"] == "sft" else "0.7" for r in rows]
+    colours = ["0.35" if r["stage"] in ("sft", "dpo") else "0.7" for r in rows]
     bars = axis.barh(range(len(rows)), accuracy, xerr=errors, color=colours, height=0.6, error_kw={"elinewidth": 1, "capsize": 3})
     axis.bar_label(bars, fmt="{:.0f} %", padding=5)
     axis.set_yticks(range(len(rows)), [r["stage"] + (" (recorded)" if r["source"] == "recorded" else "") for r in rows])
@@ -115,12 +115,26 @@ def bars(frame, title: str, x: str, unit: str = "{:.3g}", intervals=()):
     return _finish(axis, title, xlabel=x)
 
 
-def lines(series: dict, title: str, x: str, y: str, log: bool = False):
-    """One line for each named (x values, y values) pair, told apart by dash and marker."""
+def lines(series: dict, title: str, x: str, y: str, log: bool = False, floor: float | None = 0):
+    """One line for each named (x values, y values) pair, told apart by dash and grey. `floor`: where a linear y axis begins (None: at the data)."""
     axis = _axis()
     for i, (name, (across, up)) in enumerate(series.items()):
         axis.plot(across, up, ["-", "--", ":", "-."][i % 4], color=str(0.1 + 0.5 * i / max(len(series) - 1, 1)), label=name, linewidth=1.5)
     if len(series) > 1:
         axis.legend()
-    scale = {"yscale": "log"} if log else {"ylim": (0, None)}
+    scale = {"yscale": "log"} if log else {"ylim": (floor, None)}
     return _finish(axis, title, xlabel=x, ylabel=y, **scale)
+
+
+def frontier(points: list[dict], title: str):
+    """Accuracy against style, both in percent: one mark a point ({"label", "group", "style", "accuracy"}), one marker a group."""
+    axis = _axis(4.2)
+    for i, group in enumerate(dict.fromkeys(p["group"] for p in points)):
+        mine = [p for p in points if p["group"] == group]
+        place = ([100 * p["style"] for p in mine], [100 * p["accuracy"] for p in mine])
+        axis.plot(*place, "os^*Dv"[i % 6], color=str(0.15 * (i % 5)), markersize=12 if "os^*Dv"[i % 6] == "*" else 7, label=group)
+    for p in points:
+        axis.annotate(str(p["label"]), (100 * p["style"], 100 * p["accuracy"]), xytext=(6, 4), textcoords="offset points", fontsize=7.5)
+    axis.margins(0.12)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=5)
+    return _finish(axis, title, xlabel="house style, % of the paired rules kept by right answers", ylabel="execution accuracy, %")

@@ -97,6 +97,13 @@ def check_targets(recipe: SFTRecipe, model) -> None:
         raise CourseError(f"No layer of this model is called {', '.join(missing)}: target_modules can name {', '.join(there)}, or be 'all-linear'.")
 
 
+def check_unpacked(model) -> None:
+    """Raises CourseError for a 4-bit model that has answered on a CPU: bitsandbytes then packed its weights anew, and gradients
+    don't pass through the packed kernel (torch warns of it once; training goes on, and learns less)."""
+    if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
+        raise CourseError("This 4-bit model has answered questions on a CPU and can't be trained any more: load a fresh one and train that.")
+
+
 def peft_config(recipe: SFTRecipe):
     """PEFT's settings for the recipe's method; None where every weight is trained.
 
@@ -167,6 +174,7 @@ def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | 
     from trl import SFTTrainer
 
     check_targets(recipe, model)
+    check_unpacked(model)
     seed_everything(recipe.seed)
     trained = trainable_state(model) if hasattr(model, "peft_config") else None  # an adapter that goes on from where it was
     on_cpu = device().kind == "cpu"
@@ -202,32 +210,34 @@ def restore_float32(model, state: dict | None = None) -> None:
 LOSS_ROWS = 128  # supervised tokens at a time: their float32 logits take 25 MB
 
 
-def completion_loss(hidden, weight, targets, count):
-    """Sum over tokens of -log p(target), divided by `count`, without ever holding all logits.
+def token_log_probs(hidden, weight, targets):
+    """log p(target) of each token in float32, shape (n,), without ever holding all logits.
 
     hidden (n, width) and weight (vocabulary, width) in one dtype, targets (n,). The gradient for `hidden` is worked out
-    beside the loss, `LOSS_ROWS` tokens at a time: (softmax - one-hot) / count. The head's weight is frozen: it gets none.
+    beside the value, `LOSS_ROWS` tokens at a time: (one-hot - softmax) @ weight. The head's weight is frozen: it gets none.
     """
     import torch
 
-    class Loss(torch.autograd.Function):
+    class LogProbs(torch.autograd.Function):
         @staticmethod
         def forward(ctx, hidden):
-            total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-            for rows, target, out in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), gradient.split(LOSS_ROWS), strict=True):
+            values, gradient = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
+            parts = [t.split(LOSS_ROWS) for t in (hidden, targets, values, gradient)]
+            for rows, target, value, out in zip(*parts, strict=True):
                 logits = (rows @ weight.T).float()
-                total += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
-                slope = torch.softmax(logits, -1)
-                slope[torch.arange(len(target)), target] -= 1
-                out.copy_(slope.div_(count).to(weight.dtype) @ weight)
+                value.copy_(-torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+                if ctx.needs_input_grad[0]:
+                    slope = -torch.softmax(logits, -1)
+                    slope[torch.arange(len(target)), target] += 1
+                    out.copy_(slope.to(weight.dtype) @ weight)
             ctx.save_for_backward(gradient)
-            return total / count
+            return values
 
         @staticmethod
         def backward(ctx, slope):
-            return ctx.saved_tensors[0] * slope
+            return (ctx.saved_tensors[0] * slope[:, None]).to(hidden.dtype)
 
-    return Loss.apply(hidden)
+    return LogProbs.apply(hidden)
 
 
 def cpu_trainer_class():
@@ -251,7 +261,7 @@ def cpu_trainer_class():
                 if base.lm_head.weight.requires_grad:  # full fine-tuning: the head learns too
                     loss = cross_entropy(base.lm_head(hidden).float(), targets[supervised], reduction="sum") / count
             if not base.lm_head.weight.requires_grad:
-                loss = completion_loss(hidden, base.lm_head.weight, targets[supervised], count)
+                loss = -token_log_probs(hidden, base.lm_head.weight, targets[supervised]).sum() / count
             return (loss, {}) if return_outputs else loss
 
     return CpuSFTTrainer
@@ -324,7 +334,7 @@ def fit(trainer, resume: bool = True) -> dict:
         kept, step = last_checkpoint(folder), trainer.state.global_step
         left = f"the checkpoint of step {kept.name.split('-')[1]} is kept" if kept else "there was no checkpoint yet"
         raise CourseError(f"Training was interrupted at step {step}; {left}. Run the same cell again to go on from it.") from None
-    return {"history": [log for log in trainer.state.log_history if "loss" in log], "seconds": time.perf_counter() - start}
+    return {"history": [log for log in trainer.state.log_history if "loss" in log or "probe/chosen" in log], "seconds": time.perf_counter() - start}
 
 
 def interrupt_at(step: int | None):
@@ -373,11 +383,15 @@ def export_adapter(model, target: Path) -> Path:
     return target
 
 
-def load_adapter(folder: Path, bits: int = 4, dtype=None):
-    """The course model at `bits` bits with an exported adapter on it, ready to answer."""
+def load_adapter(folder: Path, bits: int = 4, dtype=None, trainable: bool = False):
+    """The course model at `bits` bits with an exported adapter on it, ready to answer (`trainable`: to be trained further)."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(bits, dtype), folder).eval()
+    if not (Path(folder) / "adapter_config.json").exists():
+        raise CourseError(f"There is no adapter in {Path(folder).name}/: recipes.sft_adapter() and dpo.adapter() train theirs when missing.")
+    model = PeftModel.from_pretrained(load_model(bits, dtype), folder, is_trainable=trainable).train(trainable)
+    model.peft_config["default"].base_model_name_or_path = model.name_or_path  # else PEFT asks the Hub for it at each checkpoint
+    return model
 
 
 def merge(model):

@@ -7,8 +7,10 @@ from helpers import baselines
 from helpers.runtime import DATA, runs_dir, write_whole
 from helpers.scoring import Score, score
 
-STAGES = (*baselines.STAGES, "sft")
+STAGES = (*baselines.STAGES, "sft", "control", "dpo")
 RESULTS = DATA / "results"
+SPLITS = ("validation", "test", "freeform")
+MAIN = {"baselines": baselines.STAGES, "sft": ("sft",), "preference": ("control", "dpo")}  # sweep: its stages on the scoreboard
 
 
 def scoreboard_path() -> Path:
@@ -50,13 +52,14 @@ def recorded(name: str) -> list[dict]:
     return json.loads(path.read_text())["runs"] if path.exists() else []
 
 
-def recorded_rows() -> list[dict]:
-    """Rows for every recorded main run: baselines and sft, each seed, on each split it was scored on."""
+def recorded_rows(sweeps=("baselines", "sft")) -> list[dict]:
+    """Rows for the recorded main runs of `sweeps` (keys of `MAIN`), each seed, on each split of questions."""
     return [
         row(run["stage"], split, score(part["records"]), part["seconds"], run["seed"], "recorded")
-        for name in ("baselines", "sft")
+        for name in sweeps
         for run in recorded(name)
         for split, part in run["splits"].items()
+        if run["stage"] in MAIN[name] and split in SPLITS
     ]
 
 

@@ -15,8 +15,8 @@ from helpers.runtime import DATA, CourseError
 # ---------------------------------------------------------------- generation
 
 
-def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int = 32, progress: str = "") -> list[str]:
-    """Greedy answers to a list of chats (each a list of messages), in the order asked.
+def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int = 32, progress: str = "", temperature: float = 0) -> list[str]:
+    """Answers to a list of chats (each a list of messages), in the order asked: greedy, or sampled at a `temperature`.
 
     Batched, padded on the left, sorted by length so that little is padding; stops at the end of the turn. What all
     prompts begin with (a schema, few-shot examples) is run through the model once and its key/value cache reused.
@@ -29,12 +29,14 @@ def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_si
     shared = _shared_prefix(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with torch.inference_mode(), _contiguous_head(model), progress_bar(len(prompts), progress) as bar:
         first = torch.tensor([prompts[0][:shared]], device=model.device)
         prefix = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values if shared else None
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for i, answer in zip(batch, _generate_batch(model, tokenizer, [prompts[i] for i in batch], prefix, shared, max_new_tokens), strict=True):
+            asked = [prompts[i] for i in batch]
+            for i, answer in zip(batch, _generate_batch(model, tokenizer, asked, prefix, shared, max_new_tokens, **sampling), strict=True):
                 answers[i] = answer
             bar.update(len(batch))
     return answers
@@ -54,7 +56,7 @@ def _shared_prefix(prompts: list[list[int]]) -> int:
     return shared if shared >= 64 and len(prompts) > 1 else 0
 
 
-def _generate_batch(model, tokenizer, prompts, prefix, shared, max_new_tokens) -> list[str]:
+def _generate_batch(model, tokenizer, prompts, prefix, shared, max_new_tokens, **sampling) -> list[str]:
     """`prefix` is the key/value cache of the first `shared` tokens, or None and 0."""
     import torch
 
@@ -62,11 +64,10 @@ def _generate_batch(model, tokenizer, prompts, prefix, shared, max_new_tokens) -
     # cached tokens stand first, then the padding, then the rest
     ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
     mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=model.device)
-    cached = {}
     if prefix is not None:
-        cached["past_key_values"] = copy.deepcopy(prefix)
-        cached["past_key_values"].batch_repeat_interleave(len(prompts))
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, **cached)
+        sampling["past_key_values"] = copy.deepcopy(prefix)
+        sampling["past_key_values"].batch_repeat_interleave(len(prompts))
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
     return [t.strip() for t in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
 

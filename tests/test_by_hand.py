@@ -1,4 +1,4 @@
-"""The by-hand pieces of notebooks 01 and 02: they equal the library's, and each assert fails when its piece is broken."""
+"""The by-hand pieces of notebooks 01, 02 and 04: they equal the library's, and each assert fails when its piece is broken."""
 
 import os
 import traceback
@@ -9,7 +9,7 @@ import pytest
 from helpers.runtime import ROOT
 
 pytestmark = pytest.mark.slow
-QUANTIZED, LORA = "01_quantized_loading", "02_lora_injection"
+QUANTIZED, LORA, DPO = "01_quantized_loading", "02_lora_injection", "04_dpo"
 SECOND = "quantized = get_peft_model(models.load_model(4), config)"
 # notebook, what is replaced, by what, and words of the assert that must catch it
 BROKEN = [
@@ -41,6 +41,14 @@ BROKEN = [
     (LORA, SECOND, SECOND + "\n[setattr(p, 'data', p.data.bfloat16()) for p in quantized.parameters() if p.requires_grad]", "p.dtype == torch.float32"),
     (LORA, "weight += ours.scale * ours.B", "weight += ours.B", "ours.linear(x), detour"),  # merging without the scale
     (LORA, "weight -= ours.scale * ours.B", "weight -= ours.B", "ours.linear.weight, W"),  # unmerging without it
+    (DPO, "answer[:, 1:]).sum(-1)", "answer[:, 1:]).mean(-1)", "abs(ours - theirs)"),  # means for sums
+    (DPO, ".logits[:, :-1]", ".logits[:, 1:]", "abs(ours - theirs)"),  # not shifted
+    (DPO, "(log_p * answer[:, 1:])", "(log_p * answer[:, :-1])", "abs(ours - theirs)"),  # the mask of another token
+    (DPO, "reward = beta * (log_p", "reward = (log_p", "at_start.grad"),  # β forgotten
+    (DPO, "logsigmoid(chosen - rejected)", "logsigmoid(rejected - chosen)", "at_start.grad"),  # the wrong way round
+    (DPO, "copy.deepcopy(policy).requires_grad_(False)", "models.load_model(16, torch.float32)", "abs(loss"),  # another model as the reference
+    (DPO, "parameter += 0.03 * torch.randn_like(parameter)", "pass", "> 1e-3"),  # a comparison at step 0 only
+    (DPO, "policy.disable_adapter()", "torch.enable_grad()", "off_loss"),  # "off" that isn't
 ]
 
 
@@ -66,7 +74,26 @@ def in_the_notebooks_folder(monkeypatch):
     monkeypatch.setitem(os.environ, "COURSE_PROGRESS", "0")
 
 
-@pytest.mark.parametrize("name", [QUANTIZED, LORA])
+@pytest.fixture(scope="module", autouse=True)
+def some_adapter(tmp_path_factory):
+    """A random adapter in place of notebook 03's, which takes minutes to train: equal is equal with any."""
+    import torch
+    from peft import get_peft_model
+
+    from helpers import models, recipes, runtime
+
+    runtime.setup()
+    model = get_peft_model(models.load_model(16), recipes.lora_config(recipes.SFTRecipe()))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    folder = recipes.export_adapter(model, tmp_path_factory.mktemp("random") / "adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "sft_adapter", lambda recipe=None: folder)
+        yield
+
+
+@pytest.mark.parametrize("name", [QUANTIZED, LORA, DPO])
 def test_by_hand_equals_the_library(name):
     assert run(name) == ""
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from helpers import ask, baselines, doctor, flights, plots, scoreboard, scoring, sweeps
+from course import sweeps
+from helpers import ask, baselines, doctor, flights, plots, scoreboard, scoring
 from helpers.runtime import ROOT, CourseError
 
 # ---------------------------------------------------------------- doctor
@@ -51,6 +52,22 @@ def test_doctor_trains_for_real():
 
 
 # ---------------------------------------------------------------- ask
+
+
+def test_each_stage_has_its_model_and_prompt(monkeypatch):
+    monkeypatch.setattr(ask.models, "load_tokenizer", lambda: None)
+    monkeypatch.setattr(ask.models, "load_model", lambda: "base")
+    monkeypatch.setattr(ask.recipes, "load_adapter", lambda folder: folder)
+    monkeypatch.setattr(ask.recipes, "sft_adapter", lambda: "sft adapter")
+    monkeypatch.setattr(ask.dpo, "adapter", lambda: "dpo adapter")
+    for stage, model, system in (
+        ("base", "base", flights.SCHEMA_PROMPT),
+        ("sft", "sft adapter", flights.SYSTEM_PROMPT),
+        ("dpo", "dpo adapter", flights.SYSTEM_PROMPT),
+    ):
+        asker = ask.Asker(stage)
+        assert (asker.model, asker.system) == (model, system)
+        asker.close()
 
 
 class FakeAsker(ask.Asker):
@@ -284,7 +301,10 @@ def test_plots_have_labelled_axes():
         plots.mistakes({"a": RECORDS}, "t"),
         plots.loss_curve([{"step": 1, "loss": "2.0"}, {"step": 2, "loss": "1.0"}], "t"),
         plots.sweep(points, "examples", "t", {"examples": 50, "accuracy": 0.6}),
+        plots.lines({"a": ([0, 1], [-2.0, -1.0])}, "t", "step", "nats", floor=None),
+        plots.frontier([{"label": "1e-4", "group": g, "style": 0.25, "accuracy": 0.5} for g in ("DPO", "control")], "t"),
     ]
+    assert figures[4].axes[0].get_ylim()[0] < -1.9 and {tuple(*line.get_xydata()) for line in figures[5].axes[0].get_lines()} == {(25.0, 50.0)}
     for figure in figures:
         assert figure.axes[0].get_xlabel() and figure.axes[0].get_title(loc="left") == "t"
         matplotlib.pyplot.close(figure)

@@ -188,7 +188,7 @@ def test_datasheet_gives_the_files_hashes():
     import hashlib
 
     sheet = (flights.DATA / "README.md").read_text()
-    for path in [*flights.QUESTIONS.glob("*.jsonl"), *(flights.DATA / "nycflights").glob("*.parquet")]:
+    for path in [*flights.QUESTIONS.glob("*.jsonl"), *(flights.DATA / "preferences").glob("*.jsonl"), *(flights.DATA / "nycflights").glob("*.parquet")]:
         assert hashlib.sha256(path.read_bytes()).hexdigest() in sheet, f"{path.name}: renew its sha256 in data/README.md"
 
 

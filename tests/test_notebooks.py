@@ -64,7 +64,7 @@ def problems(notebook, name: str) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert [p.stem for p in NOTEBOOKS][:4] == ["00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl"]
+    assert [p.stem for p in NOTEBOOKS][:5] == ["00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl", "04_dpo"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

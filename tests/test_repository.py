@@ -9,7 +9,8 @@ import tomllib
 import nbformat
 import pytest
 
-from helpers import course, runtime
+from course import runner
+from helpers import runtime
 from helpers.runtime import ROOT, CourseError
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -24,6 +25,7 @@ TEXTS = [
         ROOT / "environment.yml",
         *(ROOT / "notebooks").glob("*.ipynb"),
         *(ROOT / "helpers").glob("*.py"),
+        *(ROOT / "course").glob("*.py"),
     )
     if p.exists()
 ]
@@ -53,13 +55,20 @@ def test_every_dependency_is_locked_within_its_range():
         assert requirement.specifier.contains(locked[requirement.name.lower()]), text
 
 
+def imported(package):
+    """Top-level names that a package's files import, anywhere in them."""
+    return {name for path in (ROOT / package).glob("*.py") for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M)}
+
+
 def test_every_import_of_helpers_is_a_named_dependency():
-    imported = set()
-    for path in (ROOT / "helpers").glob("*.py"):
-        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
-    third = {m.lower() for m in imported if m not in sys.stdlib_module_names and m != "helpers"}
+    ours = {"helpers", "course"}
+    third = {m.lower() for package in ours for m in imported(package) if m not in sys.stdlib_module_names and m not in ours}
     third = {{"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}.get(m, m) for m in third}
     assert third <= names(PROJECT["dependencies"]), third - names(PROJECT["dependencies"])
+
+
+def test_course_imports_helpers_and_never_the_other_way():
+    assert "helpers" in imported("course") and "course" not in imported("helpers")
 
 
 def test_slug_and_tag_are_the_same_everywhere():
@@ -108,16 +117,17 @@ def test_nothing_unwanted_is_tracked():
 
 
 def test_no_remote_code_and_no_pickle():
-    for path in (ROOT / "helpers").glob("*.py"):
+    for path in [*(ROOT / "helpers").glob("*.py"), *(ROOT / "course").glob("*.py")]:
         text = path.read_text()
         assert "trust_remote_code" not in text and "torch.load" not in text and "import pickle" not in text
 
 
-def test_helpers_stay_small():
+def code_lines(package):
+    """Lines of a package's files that are neither blank nor a comment nor a docstring."""
     import ast
 
     total = 0
-    for path in (ROOT / "helpers").glob("*.py"):
+    for path in (ROOT / package).glob("*.py"):
         source = path.read_text()
         doc = set()
         for node in ast.walk(ast.parse(source)):
@@ -131,7 +141,12 @@ def test_helpers_stay_small():
             ):
                 doc |= set(range(body[0].lineno, body[0].end_lineno + 1))
         total += sum(bool(line.strip()) and not line.strip().startswith("#") and i not in doc for i, line in enumerate(source.splitlines(), 1))
-    assert total <= 2000
+    return total
+
+
+def test_helpers_stay_small():
+    assert code_lines("helpers") <= 2000
+    assert code_lines("course") <= 500
 
 
 # ---------------------------------------------------------------- the runner
@@ -143,9 +158,9 @@ def write_notebook(folder, *cells):
 
 
 def test_execute_shows_cells_and_keeps_a_clean_copy(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(course, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1 + 1", "print('hi')")
-    course.execute("small", tmp_path / "out" / "small.ipynb")
+    runner.execute("small", tmp_path / "out" / "small.ipynb")
     shown = capsys.readouterr().out
     assert "small  cell 1/2  0:" in shown and "small  cell 2/2  0:" in shown and "done" in shown
     kept = nbformat.read(tmp_path / "out" / "small.ipynb", as_version=4)
@@ -155,17 +170,17 @@ def test_execute_shows_cells_and_keeps_a_clean_copy(tmp_path, monkeypatch, capsy
 
 
 def test_a_failing_cell_is_named_and_the_rest_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1", "1 / 0", "2")
     with pytest.raises(CourseError, match="small stopped in cell 2 of 3") as error:
-        course.execute("small")
+        runner.execute("small")
     assert "ZeroDivisionError" in str(error.value)
-    assert (course.runs_dir() / "notebooks" / "small.failed.ipynb").exists()
+    assert (runner.runs_dir() / "notebooks" / "small.failed.ipynb").exists()
 
 
 def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monkeypatch, capsys):
     """The order and the bookkeeping of make course, with answers from the references in place of a trained model's."""
-    from helpers import models, recipes, scoreboard, scoring
+    from helpers import dpo, models, recipes, scoreboard, scoring
 
     executed, asked = [], []
 
@@ -173,42 +188,44 @@ def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monk
         asked.append(len(questions))
         return [q["sql"] for q in questions], 1.0
 
-    monkeypatch.setattr(course, "execute", lambda name, target: executed.append(name))
-    monkeypatch.setattr(recipes, "load_adapter", lambda folder, bits: None)
+    monkeypatch.setattr(runner, "execute", lambda name, target: executed.append(name))
+    monkeypatch.setattr(recipes, "load_adapter", lambda folder: None)
     monkeypatch.setattr(models, "load_tokenizer", lambda: None)
     monkeypatch.setattr(scoring, "ask", ask)
     scoreboard.record("sft", "test", [{"id": "1", "correct": False}], 1.0)  # of an adapter that is gone: stale
-    adapter = recipes.SFTRecipe().folder() / "adapter"
-    monkeypatch.setattr(recipes, "sft_adapter", lambda recipe: adapter)
-    course.run(fresh=False)
-    assert executed == list(course.CORE) and asked == [382, 69]
-    live = {r["split"]: r for r in scoreboard.rows() if r["source"] == "live"}
-    assert {split: (r["stage"], r["correct"]) for split, r in live.items()} == {"test": ("sft", 382), "freeform": ("sft", 69)}
+    adapters = [recipe.folder() / "adapter" for recipe in (recipes.SFTRecipe(), dpo.DPORecipe())]
+    monkeypatch.setattr(recipes, "sft_adapter", lambda recipe: adapters[0])
+    monkeypatch.setattr(dpo, "adapter", lambda recipe: adapters[1])
+    runner.run(fresh=False)
+    assert executed == list(runner.CORE) and asked == [382, 69] * 2
+    live = {(r["stage"], r["split"]): r["correct"] for r in scoreboard.rows() if r["source"] == "live"}
+    assert live == {(stage, split): n for stage in ("sft", "dpo") for split, n in (("test", 382), ("freeform", 69))}
     assert {r["stage"] for r in scoreboard.rows() if r["source"] == "recorded"} == set(scoreboard.STAGES)
-    assert (course.runs_dir() / "scoreboard.png").exists() and "minutes in all" in capsys.readouterr().out
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").touch()
-    course.run(fresh=False)
-    assert asked == [382, 69]  # the adapter is there: its exam isn't sat again
+    assert (runner.runs_dir() / "scoreboard.png").exists() and "minutes in all" in capsys.readouterr().out
+    for adapter in adapters:
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").touch()
+    runner.run(fresh=False)
+    assert asked == [382, 69] * 2  # the adapters are there: their exams aren't sat again
 
 
 @pytest.mark.slow
 def test_nbval_tells_a_notebook_that_reproduces_from_one_that_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1 + 1")
-    course.execute("small")
+    runner.execute("small")
     notebook = nbformat.read(tmp_path / "small.ipynb", as_version=4)
     notebook.cells[0].metadata["tags"] = ["nbval-check-output"]
     nbformat.write(notebook, tmp_path / "small.ipynb")
-    assert course.nbval(["small"]) == 0
+    assert runner.nbval(["small"]) == 0
     notebook.cells[0].outputs[0].data["text/plain"] = "3"
     nbformat.write(notebook, tmp_path / "small.ipynb")
-    assert course.nbval(["small"]) == 1
+    assert runner.nbval(["small"]) == 1
 
 
 def test_lock_writes_what_is_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "ROOT", tmp_path)
-    course.lock()
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    runner.lock()
     lines = (tmp_path / "constraints.txt").read_text().splitlines()
     assert lines[0].startswith("# ") and f"nbformat=={nbformat.__version__}" in lines
     assert not any("+" in line or line.startswith("first-llm") for line in lines[1:])
@@ -220,7 +237,7 @@ def test_starting_over_removes_only_what_the_course_made(tmp_path, monkeypatch):
     for name in ("sft-1/adapter/x", "notebooks/00.ipynb", "cache/old", "scoreboard.json", "thesis.docx", "photos/me.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    course.start_over()
+    runner.start_over()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "thesis.docx"]
     assert runtime.cache_dir() == tmp_path / "cache"  # an empty one
 
@@ -229,9 +246,9 @@ def test_one_sentence_instead_of_a_traceback(monkeypatch, capsys):
     def fails(names):
         raise CourseError("Do this next.")
 
-    monkeypatch.setattr(course, "refresh", fails)
+    monkeypatch.setattr(runner, "refresh", fails)
     monkeypatch.setattr(sys, "argv", ["course", "refresh"])
-    assert course.main() == 1
+    assert runner.main() == 1
     assert capsys.readouterr().err == "\nDo this next.\n"
 
 
@@ -239,7 +256,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def stopped(names):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(course, "refresh", stopped)
+    monkeypatch.setattr(runner, "refresh", stopped)
     monkeypatch.setattr(sys, "argv", ["course", "refresh"])
-    assert course.main() == 130
+    assert runner.main() == 130
     assert "run the same command to go on" in capsys.readouterr().err

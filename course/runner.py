@@ -1,4 +1,4 @@
-"""Runs the course: `python -m helpers.course run|refresh|test|alone|lock`, called by the Makefile."""
+"""Runs the course: `python -m course run|refresh|test|alone|lock`, called by the Makefile."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from helpers.runtime import ROOT, CourseError, runs_dir, write_whole
 
 NOTEBOOKS = ROOT / "notebooks"
-CORE = ("00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl")  # 04 joins with its part
+CORE = ("00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl", "04_dpo")
 
 
 def clean_outputs(notebook) -> None:
@@ -84,23 +84,33 @@ def prepare() -> None:
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
+def main_runs() -> dict:
+    """The main runs: stage, its recipe, and what gives the folder of its adapter (trained if it is missing)."""
+    from helpers import dpo, recipes
+
+    return {"sft": (recipes.SFTRecipe(), recipes.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}
+
+
 def exam() -> None:
-    """The final exam: the main run, live, on all of test and the final half of freeform."""
+    """The final exam: the main runs, live, on all of test and the final half of freeform."""
     from helpers import flights, models, recipes, scoreboard, scoring
 
-    recipe = recipes.SFTRecipe()
-    model, tokenizer = recipes.load_adapter(recipes.sft_adapter(recipe), recipe.bits), models.load_tokenizer()
-    for split, questions in {"test": flights.load_questions("test"), "freeform": flights.load_questions("freeform", "final")}.items():
-        if not any((r["stage"], r["split"], r["source"]) == ("sft", split, "live") for r in scoreboard.rows()):
-            print(f"exam: sft on {split} ({len(questions)} questions) … ", end="", flush=True)
+    splits = {"test": flights.load_questions("test"), "freeform": flights.load_questions("freeform", "final")}
+    for stage, (recipe, adapter) in main_runs().items():
+        passed = {r["split"] for r in scoreboard.rows() if (r["stage"], r["source"]) == (stage, "live")}
+        if splits.keys() <= passed:
+            continue
+        model, tokenizer = recipes.load_adapter(adapter(recipe)), models.load_tokenizer()
+        for split, questions in splits.items():
+            print(f"exam: {stage} on {split} ({len(questions)} questions) … ", end="", flush=True)
             answers, seconds = scoring.ask(model, tokenizer, questions)
-            result = scoreboard.record("sft", split, scoring.execution_accuracy(answers, questions), seconds, recipe.seed)
+            result = scoreboard.record(stage, split, scoring.execution_accuracy(answers, questions), seconds, recipe.seed)
             print(f"{result['accuracy']:.0%} in {seconds:.0f} s", flush=True)
 
 
 def start_over() -> None:
     """Removes what earlier runs made, and points the cache at an empty folder: nothing is reused, nothing shared is lost."""
-    for pattern in ("sft-*", "notebooks", "cache", "scoreboard.*"):
+    for pattern in ("sft-*", "dpo-*", "notebooks", "cache", "scoreboard.*"):
         for path in runs_dir().glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     os.environ["COURSE_CACHE"] = str(runs_dir() / "cache")
@@ -111,20 +121,20 @@ def run(fresh: bool) -> None:
     start = time.perf_counter()
     if fresh:
         start_over()
-    from helpers import plots, recipes, runtime, scoreboard
+    from helpers import plots, runtime, scoreboard
 
     print(f"running on {runtime.setup().name}: {runtime.device().why}")
     prepare()
-    adapter = recipes.SFTRecipe().folder() / "adapter" / "adapter_config.json"
-    if not adapter.exists():  # another recipe's or no adapter: its scores would be stale
+    adapters = [recipe.folder() / "adapter" / "adapter_config.json" for recipe, _ in main_runs().values()]
+    if not all(adapter.exists() for adapter in adapters):  # another recipe's or no adapter: its scores would be stale
         scoreboard.scoreboard_path().unlink(missing_ok=True)
     for name in CORE:
         execute(name, runs_dir() / "notebooks" / f"{name}.ipynb")
     exam()
-    for recorded in scoreboard.recorded_rows():
+    for recorded in scoreboard.recorded_rows(scoreboard.MAIN):
         scoreboard.add(recorded)
     print("\n" + scoreboard.table().to_string(index=False))
-    best = [r for r in scoreboard.rows() if r["split"] == "test" and (r["stage"] != "sft" or r["source"] == "live")]
+    best = [r for r in scoreboard.rows() if r["split"] == "test" and (r["stage"] not in main_runs() or r["source"] == "live") and r["seed"] == 0]
     plots.accuracy_bars(best, f"{best[0]['n']} test questions, in phrasings never trained on").savefig(runs_dir() / "scoreboard.png")
     print(f"\nscoreboard.json and scoreboard.png are in {runs_dir().name}/; {(time.perf_counter() - start) / 60:.1f} minutes in all")
 
@@ -146,7 +156,7 @@ def pytest(*arguments: str, **environment: str) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Unit tests with line coverage of helpers, then nbval (lax) over every notebook, in order, in one fresh runs folder."""
+    """Unit tests with line coverage of helpers and course, then nbval (lax) over every notebook, in order, in one fresh runs folder."""
     return pytest("tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments) or nbval(all_notebooks())
 
 
@@ -171,7 +181,7 @@ def lock() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.course", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m course", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("--fresh", action="store_true")
     commands.add_parser("refresh").add_argument("names", nargs="*")
@@ -188,7 +198,3 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nStopped. What was finished is kept: run the same command to go on.", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,9 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from helpers import baselines, flights, models, recipes, scoreboard, scoring
+from course import preferences
+from helpers import baselines, dpo, flights, house, models, recipes, scoreboard, scoring
+from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError, device, setup, write_whole
 
@@ -35,7 +37,27 @@ METHODS = {
     "prompt tuning": (SFTRecipe(steps=SHORT, bits=16, method="prompt"), (3e-2, 1e-1, 3e-1, 1.0)),
     "full fine-tuning": (SFTRecipe(steps=SHORT, bits=16, method="full"), (3e-5, 1e-4, 3e-4, 1e-3)),
 }
-TESTED = ("baselines", "sft", "lora", "methods")  # these are scored on the test questions as well; nothing is chosen there
+# Notebook 04. TRL's defaults are the first point of DPO's grid; the others move learning rate, β and an SFT term. The control
+# has a grid of its own. Of each one's points that keep accuracy on validation (seed 0: at most `LOST` below the start), the
+# one with the best `house_score` is then run with three seeds, and so is the last of the off-policy points.
+START = DPORecipe(method="none", steps=0)  # no further training
+LOST = 0.02
+PREFERENCE = {
+    "dpo": tuple(
+        DPORecipe(learning_rate=rate, beta=beta, sft_weight=weight)
+        for rate, beta, weight in [
+            *[(1e-6, 0.1, 0.0), (2e-5, 0.1, 0.0), (5e-5, 0.1, 0.0), (1e-4, 0.1, 0.0), (2e-4, 0.1, 0.0)],
+            *[(5e-5, 0.3, 0.0), (1e-4, 0.3, 0.0), (1e-4, 0.1, 1.0), (2e-4, 0.1, 1.0)],
+            *[(2e-4, 0.3, 0.0), (1e-4, 1.0, 0.0)],  # added when the best lay at β 0.3, the grid's edge
+            *[(5e-4, 0.1, 0.0), (1e-3, 0.1, 0.0)],  # added to stand beside the off-policy points
+        ]
+    ),
+    "control": tuple(DPORecipe(method="sft", beta=0.1, learning_rate=rate) for rate in (5e-5, 2e-4, 1e-3)),
+    "dpo, off-policy": tuple(DPORecipe(learning_rate=rate, beta=0.1, pairs="off_policy") for rate in (2e-4, 5e-4, 1e-3)),
+}
+SHOWN = 6  # answers of each arm that are kept whole, to be looked at
+LOGGED = ("step", "loss", "rewards/margins", "rewards/accuracies", "probe/chosen", "probe/rejected")
+TESTED = ("baselines", "sft", "lora", "methods", "preference")  # these are scored on the test questions as well; nothing is chosen there
 # Of accuracy, between two runs of one recipe: 16-bit rounding alone (another processor, other threads) sends training
 # another way, and the standard error of a paired difference on 100 questions is about 5 points; twice that.
 TOLERANCE = 0.10
@@ -58,6 +80,8 @@ def plan() -> dict[str, list[dict]]:
         "search": [{"stage": m, "seed": 0, "recipe": replace(r, learning_rate=rate)} for m, (r, rates) in METHODS.items() for rate in rates],
         "methods": [p for m, (r, _) in METHODS.items() if (rate := chosen_rate(m)) for p in points(m, replace(r, learning_rate=rate))],
         "phrasings": points("sft", *(replace(short, phrasings=n) for n in PHRASINGS)),
+        "preference_search": [{"stage": arm, "seed": 0, "recipe": r} for arm, grid in [("sft", [START]), *PREFERENCE.items()] for r in grid],
+        "preference": [p for arm, recipe in preference_arms().items() for p in points(arm, recipe)[: 1 if arm == "sft" else None]],
     }
 
 
@@ -72,6 +96,32 @@ def chosen_rate(method: str) -> float | None:
     return best["recipe"]["learning_rate"]
 
 
+def house_score(records: list[dict]) -> float:
+    """What preference tuning is tuned for: the mean over questions of the share of paired house rules kept, 0 for a wrong answer."""
+    return sum(preferences.style_scores(records, house.PAIRED)) / len(records)
+
+
+def chosen_preference(arm: str) -> DPORecipe | None:
+    """Of `PREFERENCE[arm]`, the recipe with the best `house_score` on validation among those that keep accuracy; None before the search."""
+    runs = {run["key"]: run["splits"]["validation"]["records"] for run in scoreboard.recorded("preference_search")}
+    found = {recipe: runs.get(key("preference_search", {"stage": arm, "recipe": recipe})) for recipe in PREFERENCE[arm]}
+    start = runs.get(key("preference_search", {"stage": "sft", "recipe": START}))
+    if start is None or None in found.values():
+        return None
+    least = scoring.score(start).accuracy - LOST - 1e-9
+    keeping = [recipe for recipe, records in found.items() if scoring.score(records).accuracy >= least]
+    return max(keeping or found, key=lambda recipe: house_score(found[recipe]))
+
+
+def preference_arms() -> dict[str, DPORecipe]:
+    """The arms that notebook 04 compares, all from one SFT adapter and with equal steps; only `sft` before the search was run."""
+    arms, best, control = {"sft": START}, chosen_preference("dpo"), chosen_preference("control")
+    if best and control:
+        arms |= {"dpo, TRL's defaults": PREFERENCE["dpo"][0], "dpo": best, "control": control}
+        arms |= {"dpo, right against wrong": replace(best, pairs="correctness"), "dpo, off-policy": PREFERENCE["dpo, off-policy"][-1]}
+    return arms
+
+
 def final_loss(run: dict) -> float:
     """Mean of a recorded run's last five logged losses (fifty steps), in nats per SQL token."""
     return sum(loss for _, loss in run["losses"][-5:]) / 5
@@ -84,6 +134,8 @@ def splits(sweep: str):
         found["test"] = flights.load_questions("test")
     if sweep in TESTED and sweep != "methods":
         found["freeform"] = flights.load_questions("freeform", "final")
+    if sweep == "preference":
+        found |= {name: flights.load_questions(name) for name in ("unanswerable", "near_miss")}
     return found
 
 
@@ -91,6 +143,7 @@ def key(sweep: str, point: dict) -> str:
     """A hash of all that decides the result: recipe or baseline, its prompt, and the questions' bytes."""
     parts = [point["stage"], point["recipe"].key() if "recipe" in point else [flights.SCHEMA_PROMPT, baselines.ZERO_SHOT, models.COURSE_MODEL]]
     names = ("validation", "test", "freeform", "train") if sweep in TESTED else ("validation",)
+    names += ("unanswerable", "near_miss") if sweep == "preference" else ()
     parts += [hashlib.sha256((flights.QUESTIONS / f"{n}.jsonl").read_bytes()).hexdigest() for n in names]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
 
@@ -108,18 +161,31 @@ def spectrum(model, recipe: SFTRecipe) -> list[float] | None:
     return [float(f"{value:.4g}") for value in torch.linalg.svdvals(change.detach().float().cpu()).tolist()]
 
 
+def train_preference(recipe: DPORecipe, tokenizer):
+    """Trains one arm of notebook 04: the model, and what is recorded of its training (log-probabilities in nats, means over the probe)."""
+    if recipe.method == "none":
+        return recipes.load_adapter(recipes.sft_adapter(recipe.start), recipe.start.bits), {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = dpo.make_trainer(recipe, dpo.start_model(recipe), tokenizer, folder=Path(folder), save_strategy="no")
+        history = recipes.fit(trainer, resume=False)["history"]
+    rounded = [{k: round(float(h[k]), 4) for k in LOGGED if k in h} for h in history]
+    return trainer.model.eval(), {"history": rounded, "tokens": int(trainer.state.num_input_tokens_seen)}
+
+
 def run_point(sweep: str, point: dict) -> dict:
     """Runs one point and returns its record."""
     import torch
 
     tokenizer = models.load_tokenizer()
-    start, recipe, losses, extra = time.perf_counter(), point.get("recipe"), None, {}
-    if recipe:
+    start, recipe, extra = time.perf_counter(), point.get("recipe"), {}
+    if isinstance(recipe, DPORecipe):
+        model, extra = train_preference(recipe, tokenizer)
+    elif recipe:
         with tempfile.TemporaryDirectory() as folder:
             trainer = recipes.make_trainer(recipe, recipes.base_model(recipe), tokenizer, folder=Path(folder), save_strategy="no")
-            losses = [[h["step"], round(float(h["loss"]), 4)] for h in recipes.fit(trainer, resume=False)["history"]]
+            extra = {"losses": [[h["step"], round(float(h["loss"]), 4)] for h in recipes.fit(trainer, resume=False)["history"]]}
         model = trainer.model.eval()
-        extra = {"spectrum": spectrum(model, recipe)} if sweep == "methods" else {}
+        extra |= {"spectrum": spectrum(model, recipe)} if sweep == "methods" else {}
         if recipe.method == "full":  # trained in float32, it answers in this machine's dtype, as the others do
             model.to(device().dtype)
     else:
@@ -127,14 +193,16 @@ def run_point(sweep: str, point: dict) -> dict:
     trained, parts = time.perf_counter() - start, {}
     for split, questions in splits(sweep).items():
         answers, seconds = scoring.ask(model, tokenizer, questions) if recipe else baselines.answer(point["stage"], questions, model, tokenizer)
-        records = scoring.execution_accuracy(answers, questions)
-        kept = ("id", "intent", "phrasing", "correct", "kind")
-        parts[split] = {"seconds": round(seconds, 1), "records": [{k: r[k] for k in kept if r[k] is not None} for r in records]}
+        records, kept = scoring.execution_accuracy(answers, questions), ("id", "intent", "phrasing", "correct", "kind", "kept")
+        if isinstance(recipe, DPORecipe):
+            records = preferences.with_style(records)
+            extra.setdefault("samples", [[q["question"], a[:300]] for q, a in zip(questions, answers, strict=True)][:SHOWN])
+        parts[split] = {"seconds": round(seconds, 1), "records": [{k: r[k] for k in kept if r.get(k) not in (None, {})} for r in records]}
         print(f"  {split}: {scoring.score(records)}", flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")}
     return {
         "stage": point["stage"], "seed": point["seed"], "key": key(sweep, point), "recipe": asdict(recipe) if recipe else None,
-        "train_seconds": round(trained, 1) if recipe else None, "losses": losses, "versions": versions,
+        "train_seconds": round(trained, 1) if recipe else None, "versions": versions,
         "machine": f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}, {device().kind}, {device().dtype_name}", "splits": parts,
     } | extra  # fmt: skip
 
@@ -181,7 +249,7 @@ def check() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.sweeps", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m course.sweeps", description=__doc__)
     parser.add_argument("command", choices=["run", "check", "stale"])
     parser.add_argument("sweep", nargs="?")
     chosen = parser.parse_args()
