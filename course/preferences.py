@@ -171,8 +171,9 @@ def main() -> int:
     chosen = parser.parse_args()
     setup(SEED)
     if chosen.command == "check":
-        print("\n".join(problems()) or "every pair is as it says")
-        return bool(problems())
+        found = problems()
+        print("\n".join(found) or "every pair is as it says")
+        return bool(found)
     rows = questions()
     answers = sample(rows)
     style = [p for row, own in zip(rows, answers, strict=True) if (p := style_pair(row, own))]

@@ -20,7 +20,7 @@ class DPORecipe:
     """Everything that decides a run of preference tuning, but for the machine; it starts from the adapter of `start`."""
 
     start: SFTRecipe = field(default_factory=SFTRecipe)
-    method: str = "dpo"  # or sft: the control, plain SFT on the chosen answers
+    method: str = "dpo"  # or sft, the control: plain SFT on the chosen answers (none, in the sweeps: no further training)
     pairs: str = "style"  # one of CONSTRUCTIONS
     beta: float = 1.0  # this and the learning rate were chosen on validation (`make sweeps`: preference_search)
     learning_rate: float = 1e-4
