@@ -20,6 +20,7 @@ import sqlglot
 from sqlglot import exp
 
 from helpers import dpo, flights, house, models, recipes, scoring, sql
+from helpers.house import share
 from helpers.runtime import setup, write_whole
 
 QUESTIONS, SAMPLES, TEMPERATURE, SEED = 1000, 4, 1.0, 0
@@ -54,12 +55,6 @@ def rules_kept(query: str, which: int = -1) -> dict[str, bool]:
         if error.reason == "time":
             raise
         return {}
-
-
-def share(kept: dict[str, bool], rules=tuple(house.RULES)) -> float:
-    """The share of the `rules` that are kept, of those that apply; 1 where none does."""
-    applying = [bool(kept[rule]) for rule in rules if rule in kept]
-    return sum(applying) / len(applying) if applying else 1.0
 
 
 def with_style(records: list[dict]) -> list[dict]:

@@ -139,24 +139,13 @@ def dpo_config(recipe: DPORecipe, folder: Path, **changes):
     """TRL's settings for the recipe on this machine; what isn't named is TRL's default."""
     from trl import DPOConfig
 
-    where = device()
     settings = {
-        "output_dir": str(folder),
-        "max_steps": recipe.steps,
-        "per_device_train_batch_size": recipe.batch_size,
-        "learning_rate": recipe.learning_rate,
         "beta": recipe.beta,
         "loss_type": ["sigmoid", "sft"] if recipe.sft_weight else ["sigmoid"],
         "loss_weights": [1.0, recipe.sft_weight] if recipe.sft_weight else [1.0],
-        "max_length": recipe.max_length,
         "precompute_ref_log_probs": False,  # each pair is seen about once: nothing to save
-        "pad_to_multiple_of": 8,
-        "gradient_checkpointing": False,
-        "bf16": where.dtype_name == "bfloat16",
-        "fp16": where.dtype_name == "float16",
-        "use_cpu": where.kind == "cpu",
     }
-    return DPOConfig(**settings | housekeeping(recipe) | changes)
+    return DPOConfig(**recipes.common_settings(recipe, folder) | settings | housekeeping(recipe) | changes)
 
 
 def housekeeping(recipe: DPORecipe) -> dict:

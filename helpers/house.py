@@ -143,7 +143,12 @@ def kept(query: str, result) -> dict[str, bool]:
     return {name: mark for name, mark in marks.items() if mark is not None}
 
 
+def share(kept: dict[str, bool], rules=tuple(RULES)) -> float:
+    """The share of the `rules` that are kept, of those that apply; 1 where none does."""
+    applying = [bool(kept[rule]) for rule in rules if rule in kept]
+    return sum(applying) / len(applying) if applying else 1.0
+
+
 def style(query: str, result, rules=tuple(RULES)) -> float:
     """The share (0 to 1) of the applicable `rules` that are kept; 1.0 if none applies."""
-    marks = [mark for name, mark in kept(query, result).items() if name in rules]
-    return sum(marks) / len(marks) if marks else 1.0
+    return share(kept(query, result), rules)

@@ -132,29 +132,35 @@ def base_model(recipe: SFTRecipe):
     return load_model(recipe.bits, torch.float32 if recipe.method == "full" else None)
 
 
-def sft_config(recipe: SFTRecipe, folder: Path, **changes):
-    """TRL's settings for the recipe on this machine."""
-    from trl import SFTConfig
-
+def common_settings(recipe, folder: Path) -> dict:
+    """What every TRL trainer of the course is told, by an SFTRecipe or a DPORecipe and by this machine."""
     where = device()
-    settings = {
+    return {
         "output_dir": str(folder),
         "max_steps": recipe.steps,
         "per_device_train_batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.scheduler,
-        "warmup_steps": recipe.warmup_steps,
-        "max_grad_norm": recipe.max_grad_norm,
         "max_length": recipe.max_length,
-        "train_sampling_strategy": "group_by_length",  # batches of like length: little padding
         "pad_to_multiple_of": 8,  # few shapes: torch's CPU library keeps a kernel for each it meets
         "gradient_checkpointing": False,  # a small model: memory is there, time isn't
         "bf16": where.dtype_name == "bfloat16",
         "fp16": where.dtype_name == "float16",
         "use_cpu": where.kind == "cpu",
+    }
+
+
+def sft_config(recipe: SFTRecipe, folder: Path, **changes):
+    """TRL's settings for the recipe on this machine."""
+    from trl import SFTConfig
+
+    settings = {
+        "lr_scheduler_type": recipe.scheduler,
+        "warmup_steps": recipe.warmup_steps,
+        "max_grad_norm": recipe.max_grad_norm,
+        "train_sampling_strategy": "group_by_length",  # batches of like length: little padding
         "save_steps": 50,
     }
-    return SFTConfig(**settings | housekeeping(recipe) | changes)
+    return SFTConfig(**common_settings(recipe, folder) | settings | housekeeping(recipe) | changes)
 
 
 def housekeeping(recipe: SFTRecipe) -> dict:
