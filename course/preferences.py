@@ -19,8 +19,9 @@ import sys
 import sqlglot
 from sqlglot import exp
 
-from helpers import dpo, flights, house, models, recipes, scoring, sql
-from helpers.house import share
+from course import house
+from course.house import share
+from helpers import dpo, flights, models, recipes, scoring, sql
 from helpers.runtime import setup, write_whole
 
 QUESTIONS, SAMPLES, TEMPERATURE, SEED = 1000, 4, 1.0, 0
@@ -179,4 +180,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows can't say every letter
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Runs the course: `python -m course run|refresh|test|alone|lock`, called by the Makefile."""
+"""Runs the course: `python -m course run|refresh|test|unit|notebooks|alone|lock`, called by the Makefile."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 from helpers.runtime import ROOT, CourseError, runs_dir, write_whole
@@ -145,6 +146,11 @@ def refresh(names: list[str]) -> None:
         execute(name)
 
 
+def project() -> dict:
+    """The [project] table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def all_notebooks() -> list[str]:
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
@@ -157,14 +163,31 @@ def pytest(*arguments: str, **environment: str) -> int:
 
 def test(arguments: list[str]) -> int:
     """Unit tests with line coverage of helpers and course, then nbval (lax) over every notebook, in order, in one fresh runs folder."""
-    return pytest("tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments) or nbval(all_notebooks())
+    return unit(arguments) or nbval(all_notebooks())
 
 
-def nbval(names: list[str]) -> int:
-    """Runs notebooks under nbval with an empty runs folder of their own, so that the main runs are live."""
-    paths = [str(NOTEBOOKS / f"{name}.ipynb") for name in names]
+def unit(arguments: list[str]) -> int:
+    """The unit tests alone."""
+    return pytest("tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments)
+
+
+def nbval(names: list[str], place: Path | None = None, kernel: str = "python3", **environment: str) -> int:
+    """Runs notebooks (of `place`: a folder) under nbval with an empty runs folder of their own, so that the main runs are live.
+
+    Fails as well when a notebook set off a deprecation that isn't allowed for.
+    """
+    from course import deprecations
+
+    paths = [str((place or NOTEBOOKS) / f"{name}.ipynb") for name in names]
+    options = ["--nbval-lax", f"--nbval-kernel-name={kernel}", "--nbval-cell-timeout=3600", "--durations=10", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory() as folder:
-        return pytest("--nbval-lax", "--nbval-cell-timeout=3600", "--durations=10", "-p", "no:cacheprovider", *paths, COURSE_RUNS=folder)
+        recorder = deprecations.environment(Path(folder) / "ipython")
+        status = pytest(*options, *paths, **{"COURSE_RUNS": str(Path(folder) / "runs")} | recorder | environment)
+        return status or deprecations.report(recorder)
+
+
+def notebooks(names: list[str]) -> int:
+    return nbval(names or all_notebooks())
 
 
 def alone() -> int:
@@ -177,7 +200,7 @@ def lock() -> None:
     frozen = subprocess.run([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture_output=True, text=True, check=True).stdout
     lines = [re.sub(r"\+\w+$", "", line) for line in frozen.splitlines() if re.fullmatch(r"[\w.\-]+==[\w.+!]+", line)]
     head = "# The exact versions the course was last tested with (make lock). Ranges are in pyproject.toml.\n"
-    (ROOT / "constraints.txt").write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n")
+    (ROOT / "constraints.txt").write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n", encoding="utf-8", newline="\n")
 
 
 def main() -> int:
@@ -186,10 +209,12 @@ def main() -> int:
     commands.add_parser("run").add_argument("--fresh", action="store_true")
     commands.add_parser("refresh").add_argument("names", nargs="*")
     commands.add_parser("test").add_argument("arguments", nargs="*")
+    commands.add_parser("unit").add_argument("arguments", nargs="*")
+    commands.add_parser("notebooks").add_argument("names", nargs="*")
     commands.add_parser("alone")
     commands.add_parser("lock")
     chosen = vars(parser.parse_args())
-    command = {"run": run, "refresh": refresh, "test": test, "alone": alone, "lock": lock}[chosen.pop("command")]
+    command = {"run": run, "refresh": refresh, "test": test, "unit": unit, "notebooks": notebooks, "alone": alone, "lock": lock}[chosen.pop("command")]
     try:
         return command(**chosen) or 0
     except CourseError as error:

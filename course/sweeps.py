@@ -16,8 +16,8 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from course import preferences
-from helpers import baselines, dpo, flights, house, models, recipes, scoreboard, scoring
+from course import house, preferences
+from helpers import baselines, dpo, flights, models, recipes, scoreboard, scoring
 from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError, device, setup, write_whole
@@ -262,4 +262,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows can't say every letter
     sys.exit(main())

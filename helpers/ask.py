@@ -75,8 +75,8 @@ def main(arguments=None) -> int:
                 print(show(reply))
                 return 1 if reply["error"] else 0
             for raw in sys.stdin.buffer:
-                question = raw.decode("utf-8", errors="replace").rstrip("\r\n")
-                print(json.dumps(asker.answer(question), ensure_ascii=False), flush=True)
+                question = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")
+                print(json.dumps(asker.answer(question)), flush=True)  # ASCII, for any code page
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1
@@ -84,4 +84,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows can't say every letter
     sys.exit(main())

@@ -8,7 +8,7 @@ Sources: Dettmers et al. 2023 (QLoRA: 4.5 bits a parameter, 4.127 with double qu
 al. 2022 (LLM.int8()); Hu et al. 2021 (LoRA's r (in + out)); Rajbhandari et al. 2020 (ZeRO: bytes of gradients and optimizer
 states); Kingma & Ba 2015 and Loshchilov & Hutter 2019 (AdamW's two states a parameter); Korthikanti et al. 2022 (activations
 layer by layer, and what checkpointing keeps of them); Ainslie et al. 2023 (grouped-query attention: the KV cache shrinks
-with its heads).
+with its heads); Kaplan et al. 2020 (FLOP a parameter and token).
 """
 
 from itertools import accumulate
@@ -98,9 +98,8 @@ def measured_weight_bytes(model) -> int:
 
 def live_bytes(model, optimizer=None) -> int:
     """Bytes that live between two steps: weights and adapters, gradients not yet zeroed, the optimizer's states."""
-    gradients = [p.grad for p in model.parameters()]
     states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
-    return measured_weight_bytes(model) + _storage_bytes(gradients + states)
+    return measured_weight_bytes(model) + _storage_bytes([p.grad for p in model.parameters()] + states)
 
 
 def _storage_bytes(tensors) -> int:
@@ -128,8 +127,7 @@ def peak_live_bytes(step) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
+    events = sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return max(accumulate((e.nbytes() for e in events), initial=0))
 
 
@@ -242,6 +240,15 @@ def training_moments(config, method="qlora", rank=16, batch=8, length=512, check
 def training(config, method: str = "qlora", rank: int = 16, batch: int = 8, length: int = 512, checkpointing: bool = False, **options):
     """Named bytes at the worst moment of a training step (`training_moments`, which explains the options): dict[str, int]."""
     return max(training_moments(config, method, rank, batch, length, checkpointing, **options).values(), key=total)
+
+
+def training_seconds(parameters: int, tokens: int, flops_per_second: float, checkpointing: bool = False) -> float:
+    """Estimated seconds of training an adapter on `tokens` tokens: 4 FLOP for each parameter and token.
+
+    2 for the forward pass, 2 for the backward pass through the activations (Kaplan et al. 2020; frozen weights get no
+    gradient, which would be 2 more), with checkpointing 2 for the second forward pass.
+    """
+    return (6 if checkpointing else 4) * parameters * tokens / flops_per_second
 
 
 def total(parts: dict[str, int]) -> int:

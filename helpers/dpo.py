@@ -217,13 +217,12 @@ def make_trainer(recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None =
     else:
         seed_everything(recipe.seed)
         trained = recipes.trainable_state(model)
-        on_cpu, args = device().kind == "cpu", dpo_config(recipe, folder, **changes)
-        if on_cpu:
-            model.set_attn_implementation("eager")
+        model.set_attn_implementation(device().attention)
         recipes.check_unpacked(model)
-        kind = cpu_trainer_class() if on_cpu else DPOTrainer
-        trainer = kind(model=model, args=args, train_dataset=pair_set(training), processing_class=tokenizer)
+        kind = cpu_trainer_class() if device().course_loss else DPOTrainer
+        trainer = kind(model=model, args=dpo_config(recipe, folder, **changes), train_dataset=pair_set(training), processing_class=tokenizer)
         recipes.restore_float32(trainer.model, trained)
+        recipes.start_scaler_low(trainer)
     trainer.add_callback(watch(tokenizer, probe))
     return trainer
 

@@ -11,6 +11,7 @@ import sqlite3
 from pathlib import Path
 
 from helpers import sql
+from helpers.menu import choose
 from helpers.runtime import DATA, CourseError, building, cache_dir
 
 QUESTIONS = DATA / "questions"
@@ -214,11 +215,16 @@ def ngrams(question: str, n: int = 3) -> set[tuple[str, ...]]:
 
 
 def chat(question: str, system: str = SYSTEM_PROMPT, shots=()) -> list[dict]:
-    """The conversation that asks `question`: a system prompt, then `shots` (rows with question and sql), then it."""
-    messages = [{"role": "system", "content": system}]
-    for shot in shots:
-        messages += [{"role": "user", "content": shot["question"]}, {"role": "assistant", "content": shot["sql"]}]
-    return messages + [{"role": "user", "content": question}]
+    """The conversation that asks `question`: a system prompt, then `shots` (rows with question and sql), then it.
+
+    For Gemma and Mistral (COURSE_MODEL) the system prompt begins the first user turn: Gemma's template refuses system
+    messages, Mistral's puts them into the last turn if that is the user's, so that a prompt changes once it is answered.
+    """
+    roles = ["system", *["user", "assistant"] * len(shots), "user"]
+    said = [system, *(shot[part] for shot in shots for part in ("question", "sql")), question]
+    if choose().shape["model_type"] in ("gemma", "mistral"):
+        roles, said = roles[1:], [f"{system}\n\n{said[1]}", *said[2:]]
+    return [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
 
 
 def prompt_completion(row: dict) -> dict:

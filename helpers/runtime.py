@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 
@@ -47,7 +45,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file, and its folder if need be, by one rename: a kill leaves the old text or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", newline="\n")  # the same bytes, and hashes, on Windows
     os.replace(part, path)
 
 
@@ -63,11 +61,11 @@ def building(target: Path, need_bytes: int = 0):
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
+        for left in target.parent.glob(f"{target.name}.part-*"):  # of a killed build, or of one whose files Windows still held
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         if target.exists():
             yield None
             return
-        for left in target.parent.glob(f"{target.name}.part-*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
         free = shutil.disk_usage(target.parent).free
         if free < need_bytes:
             raise CourseError(
@@ -86,17 +84,50 @@ def building(target: Path, need_bytes: int = 0):
 
 @dataclass(frozen=True)
 class Device:
-    """What the course runs on: `kind` is cpu, cuda or mps; `dtype` is the compute precision, `why` the reason for it."""
+    """What the course runs on and all that follows from it (made by `decide`).
+
+    kind: cpu or cuda. dtype: the compute precision. why: the reason for it.
+    """
 
     kind: str
     name: str
     dtype: object  # torch.dtype
     why: str
     memory_gb: float
+    capability: tuple[int, int] | None = None  # CUDA's compute capability: (7, 5) is a T4
+    attention: str = "sdpa"  # in training
+    optimizer: str = "adamw_torch_fused"  # TRL's `optim`: AdamW in one kernel; an adapter's two states are too small to need 8 bits
+    course_loss: bool = False  # train with the course's trainers (`cpu_trainer_class`), not with TRL's own
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """TRL's precision and placement flags; each has to be said, as TRL takes bf16=True where neither bf16 nor fp16 is given."""
+        precision = {"bf16": self.dtype_name == "bfloat16", "fp16": self.dtype_name == "float16"}
+        return precision | {"use_cpu": self.kind == "cpu", "dataloader_pin_memory": self.kind == "cuda"}
+
+
+def decide(kind: str, name: str, memory_gb: float, capability: tuple[int, int] | None = None, speedup: float | None = None) -> Device:
+    """The course's one policy on precision, attention, optimizer and trainer, from facts alone.
+
+    kind: cuda (needs `capability`) or cpu (needs `speedup`, from `bfloat16_speedup()`). A GPU older than Ampere, as a T4 (7.5)
+    or a V100 (7.0), has no bfloat16 units: float16 there. torch isn't asked: it emulates them, slowly, and says that
+    bfloat16 is supported. A Mac counts as a CPU: bitsandbytes' 4 bits on its GPU run in plain PyTorch, and nobody measured it.
+    """
+    import torch
+
+    if kind == "cuda" and capability >= (8, 0):
+        return Device(kind, name, torch.bfloat16, "this GPU has bfloat16 units", memory_gb, capability)
+    if kind == "cuda":  # its gradients are scaled: a fused AdamW would hide the steps that the scaler skips, and the learning rate fall in them
+        why = "this GPU has no bfloat16 units, so float16"
+        return Device(kind, name, torch.float16, why, memory_gb, capability, optimizer="adamw_torch")
+    why = f"a bfloat16 matmul runs at {speedup:.1f} times float32's speed on this processor"
+    dtype = torch.bfloat16 if speedup > 1.2 else torch.float32
+    # torch's fused attention is slower than plain matmuls on a CPU: short, masked rows
+    return Device(kind, name, dtype, why, memory_gb, attention="eager", course_loss=True)
 
 
 def bfloat16_speedup(rows: int = 512, width: int = 1024, repeats: int = 5) -> float:
@@ -110,27 +141,36 @@ def bfloat16_speedup(rows: int = 512, width: int = 1024, repeats: int = 5) -> fl
     return best(torch.float32) / best(torch.bfloat16)
 
 
+T4_BYTES = int(14.5 * 2**30)  # of a T4's 16 GB, what a process can have
+
+
 @functools.cache
 def device() -> Device:
-    """Picks device and dtype once per process. A GPU older than Ampere (a T4) has no bfloat16 units: float16 there."""
+    """This machine's facts, gathered once per process, and what `decide` makes of them.
+
+    COURSE_PROFILE=t4 makes any CUDA GPU pass for a T4: its capability, and 14.5 GiB for this process (set before the
+    first call). Raises CourseError for another profile and where there is no CUDA GPU.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        new = torch.cuda.is_bf16_supported(including_emulation=False)
-        why = "this GPU has bfloat16 units" if new else "this GPU has no bfloat16 units, so float16"
-        dtype = torch.bfloat16 if new else torch.float16
-        return Device("cuda", properties.name, dtype, why, properties.total_memory / 1e9)
+    on_cuda, profile = torch.cuda.is_available(), os.environ.get("COURSE_PROFILE")
+    if profile and not (on_cuda and profile == "t4"):
+        raise CourseError(f"COURSE_PROFILE={profile} can't be had here: the one profile is t4, on a machine with a CUDA GPU; unset it otherwise.")
+    if on_cuda:
+        gpu = torch.cuda.get_device_properties(0)
+        if not profile:
+            return decide("cuda", gpu.name, gpu.total_memory / 1e9, (gpu.major, gpu.minor))
+        memory = min(gpu.total_memory, T4_BYTES)
+        torch.cuda.set_per_process_memory_fraction(memory / gpu.total_memory, 0)
+        return decide("cuda", f"{gpu.name} as a T4", memory / 1e9, (7, 5))
     name = platform.processor() or platform.machine()
-    if torch.backends.mps.is_available():
-        return Device("mps", name, torch.float32, "an Apple GPU; float32 until bfloat16 is measured there", memory_gb())
-    ratio = bfloat16_speedup()
-    why = f"a bfloat16 matmul runs at {ratio:.1f} times float32's speed on this processor"
-    return Device("cpu", name, torch.bfloat16 if ratio > 1.2 else torch.float32, why, memory_gb())
+    return decide("cpu", name, memory_gb(), speedup=bfloat16_speedup())
 
 
 def memory_gb() -> float:
     """Physical memory in GB."""
+    import psutil
+
     return psutil.virtual_memory().total / 1e9
 
 
@@ -141,6 +181,8 @@ def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == "win32":
+        import psutil
+
         return psutil.Process().memory_info().peak_wset / 1e9
     import resource
 

@@ -28,7 +28,7 @@ def row(stage: str, split: str, result: Score, seconds: float, seed: int = 0, so
 def rows() -> list[dict]:
     """The rows so far, in the order of the course."""
     path = scoreboard_path()
-    found = json.loads(path.read_text()) if path.exists() else []
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     order = {stage: i for i, stage in enumerate(STAGES)}
     return sorted(found, key=lambda r: (r["split"], order.get(r["stage"], 99), r["source"], r["seed"]))
 
@@ -49,7 +49,7 @@ def record(stage: str, split: str, records: list[dict], seconds: float, seed: in
 def recorded(name: str) -> list[dict]:
     """The recorded runs of a sweep (data/results/<name>.json), each with its per-question results."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["runs"] if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
 
 
 def recorded_rows(sweeps=("baselines", "sft")) -> list[dict]:

@@ -112,9 +112,8 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
         raise _problem("missing database", "no such file")
     connection = None
     try:
-        # immutable: the file is renamed into place once built, so no locks and no look for a journal beside it. as_uri
-        # percent-encodes, so that a "?" in a folder's name can't start the options.
-        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+        # immutable: the file is renamed into place once built, so no locks and no look for a journal beside it
+        connection = sqlite3.connect(f"{_address(path)}?mode=ro&immutable=1", uri=True, isolation_level=None)
         for pragma in (
             "query_only=ON",
             "trusted_schema=OFF",
@@ -141,6 +140,14 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # CAST(blob AS TEXT) can make anything
     connection.set_authorizer(_authorizer(known))
     return connection
+
+
+def _address(path) -> str:
+    """The path as a file: address: as_uri percent-encodes, so that a "?" in a folder's name can't start the options.
+
+    SQLite takes no host in it: a Windows share, \\\\host\\folder, is written with two more slashes.
+    """
+    return re.sub("^file://(?=[^/])", "file:////", path.as_uri())
 
 
 def _authorizer(known: set[str]):
@@ -292,8 +299,9 @@ class Worker(contextlib.AbstractContextManager):
 
     def _start(self) -> None:
         # -I -S: no course folder, no site-packages on its path (a .pth there can import torch). A bare environment:
-        # tokens and keys are no business of a process that runs what strangers type.
-        keep = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+        # tokens and keys are no business of a process that runs what strangers type. PATH: conda's Python on Windows finds
+        # its SQLite there.
+        keep = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, "--worker"],
             stdin=subprocess.PIPE,

@@ -102,6 +102,12 @@ def test_training_by_hand():
     assert budget.training_moments(tiny(), rank=2, batch=2, length=3, logit_tokens=2)["backward"]["logits"] == 2 * 10 * 12
 
 
+def test_training_seconds_by_hand():
+    # 4 * 1e9 parameters * 1000 tokens = 4e12; a second forward pass with checkpointing: 6e12
+    assert budget.training_seconds(1_000_000_000, 1000, 2e12) == 2.0
+    assert budget.training_seconds(1_000_000_000, 1000, 2e12, checkpointing=True) == 3.0
+
+
 def test_full_fine_tuning_by_hand():
     # 1352 parameters; ZeRO's 16 bytes each: 2 of weights, 2 of gradients, 12 of master copy and states
     parts = budget.training_moments(tiny(), "full", batch=1, length=1, master_bytes=4, update="fused")["update"]

@@ -177,7 +177,7 @@ def test_scoreboard_replaces_and_orders():
     scoreboard.record("sft", "validation", RECORDS, 2.0)
     scoreboard.record("zero-shot", "validation", RECORDS[:4], 1.0)
     scoreboard.record("sft", "validation", RECORDS[:1], 3.0)
-    rows = json.loads(scoreboard.scoreboard_path().read_text())
+    rows = json.loads(scoreboard.scoreboard_path().read_text(encoding="utf-8"))
     assert len(rows) == 2 and scoreboard.rows()[0]["stage"] == "zero-shot"
     assert scoreboard.rows()[1] == {
         "stage": "sft", "split": "validation", "n": 1, "correct": 1, "accuracy": 1.0, "low": 0.025, "high": 1.0, "seconds": 3.0, "seed": 0, "source": "live",

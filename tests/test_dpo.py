@@ -370,7 +370,7 @@ def searched(best: dict[str, int], wrong: int | None = None) -> list[dict]:
 
 
 def keep(folder, runs):
-    (folder / "preference_search.json").write_text(json.dumps({"sweep": "preference_search", "runs": runs}))
+    (folder / "preference_search.json").write_text(json.dumps({"sweep": "preference_search", "runs": runs}), encoding="utf-8")
 
 
 def test_preference_arms_wait_for_the_search_and_then_take_its_best(monkeypatch, tmp_path):
@@ -573,7 +573,7 @@ def test_a_whole_run(tmp_path, started, tokenizer, monkeypatch, capsys, method):
     monkeypatch.setattr(dpo, "PROBE", 4)
     monkeypatch.setattr(dpo, "PREFERENCES", tmp_path)
     pairs = dpo.load_pairs(ROOT / "data" / "preferences" / "style.jsonl")[:10]
-    (tmp_path / "style.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    (tmp_path / "style.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8")
     recipe, finish, seen = DPORecipe(start=TINY, method=method, learning_rate=2e-3, steps=2, batch_size=2), recipes.finish, types.SimpleNamespace()
 
     def looking(trainer):
@@ -594,7 +594,7 @@ def test_a_whole_run(tmp_path, started, tokenizer, monkeypatch, capsys, method):
     assert all(seen.before[n.replace(".weight", ".default.weight")].equal(p) for n, p in start.items())
 
     # what was watched
-    history = json.loads((folder.parent / "history.json").read_text())["history"]
+    history = json.loads((folder.parent / "history.json").read_text(encoding="utf-8"))["history"]
     probes = [h for h in history if "probe/chosen" in h]
     assert [h["step"] for h in probes] == [0, 2] and [h["step"] for h in history if "loss" in h] == [1, 2]
     for side in ("chosen", "rejected"):
@@ -608,7 +608,7 @@ def test_a_whole_run(tmp_path, started, tokenizer, monkeypatch, capsys, method):
 
     # what was exported
     assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert "/" not in (folder / "adapter_config.json").read_text()
+    assert "/" not in (folder / "adapter_config.json").read_text(encoding="utf-8")
     exported = load_file(folder / "adapter_model.safetensors")
     assert exported.keys() == start.keys() and not any("ref" in name or "default" in name for name in exported)
     assert all(model.get_parameter(n.replace(".weight", ".default.weight")).equal(p) for n, p in exported.items())

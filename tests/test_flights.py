@@ -1,5 +1,6 @@
 """The database, the JSON Lines reader and its errors, subsets and prompts; and the question files themselves."""
 
+import copy
 import json
 import sqlite3
 import subprocess
@@ -116,6 +117,50 @@ def test_chat_and_training_form():
     }
 
 
+GEMMA = (  # what Gemma's template holds one to, in short
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MISTRAL = (  # and Mistral's: the system prompt goes into the last turn, if that is the user's
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ system if m['role'] == 'user' and loop.last }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("model", "template"), [("gemma-2b-it", GEMMA), ("gemma-7b-it", GEMMA), ("Mistral-7B-Instruct-v0.3", MISTRAL)])
+def test_the_system_prompt_begins_the_first_turn_where_a_template_has_no_place_for_it(monkeypatch, tokenizer, model, template):
+    import jinja2
+
+    shot, plain = {"question": "a?", "sql": "SELECT 1"}, flights.chat("b?")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+
+    def text(messages, start=False):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=start)
+
+    answer = [{"role": "assistant", "content": "SELECT 2"}]
+    try:
+        assert not text(plain + answer).startswith(text(plain, start=True))  # Mistral's: the prompt changes once it is answered
+    except jinja2.exceptions.TemplateError as error:
+        assert "System role not supported" in str(error) and template is GEMMA
+    monkeypatch.setenv("COURSE_MODEL", model)
+    assert flights.chat("b?", "S", [shot]) == [
+        {"role": "user", "content": "S\n\na?"},
+        {"role": "assistant", "content": "SELECT 1"},
+        {"role": "user", "content": "b?"},
+    ]
+    assert flights.prompt_completion(shot)["prompt"] == [{"role": "user", "content": "Answer with SQL.\n\na?"}]
+    assert text(flights.chat("b?", "S", [shot]) + answer).startswith(text(flights.chat("b?", "S", [shot]), start=True))
+
+
+@pytest.mark.parametrize("model", ["SmolLM2-1.7B-Instruct", "Qwen2.5-1.5B-Instruct", "Llama-3-8B-Instruct"])
+def test_the_other_families_keep_their_system_turn(monkeypatch, model):
+    monkeypatch.setenv("COURSE_MODEL", model)
+    assert flights.chat("b?", "S") == [{"role": "system", "content": "S"}, {"role": "user", "content": "b?"}]
+
+
 def test_subset_is_fixed_and_even_over_intents():
     questions = flights.load_questions("validation")
     sample = flights.subset(questions, 100)
@@ -147,7 +192,7 @@ def test_no_phrasing_is_shared_between_splits():
     seen: dict[str, str] = {}
     for path in sorted((flights.QUESTIONS / "phrasings").glob("*.toml")):
         split = "train" if path.stem.startswith("train") else path.stem
-        for phrasings in tomllib.loads(path.read_text()).values():
+        for phrasings in tomllib.loads(path.read_text(encoding="utf-8")).values():
             for phrasing in phrasings:
                 plain = " ".join("".join(c if c.isalnum() or c in "{}_" else " " for c in phrasing.lower()).split())
                 assert seen.setdefault(plain, split) == split, (phrasing, seen[plain], split)
@@ -187,7 +232,7 @@ def test_every_reference_returns_something():
 def test_datasheet_gives_the_files_hashes():
     import hashlib
 
-    sheet = (flights.DATA / "README.md").read_text()
+    sheet = (flights.DATA / "README.md").read_text(encoding="utf-8")
     for path in [*flights.QUESTIONS.glob("*.jsonl"), *(flights.DATA / "preferences").glob("*.jsonl"), *(flights.DATA / "nycflights").glob("*.parquet")]:
         assert hashlib.sha256(path.read_bytes()).hexdigest() in sheet, f"{path.name}: renew its sha256 in data/README.md"
 

