@@ -208,6 +208,7 @@ def setup(seed: int = 0) -> Device:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "KINETO_LOG_LEVEL": "99",  # the profiler's own start and stop lines
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # and its remarks on memory that was there before
     }.items():
         os.environ.setdefault(name, value)
     for name in ("bitsandbytes", "transformers", "trl", "peft", "datasets", "accelerate"):

@@ -34,8 +34,8 @@ def problems(notebook, name: str) -> list[str]:
         found.append("badge does not point to this notebook at the tag")
     if not notebook.cells[0].source.startswith("# "):
         found.append("does not begin with a title")
-    if "runtime.setup(" not in code[0].source:
-        found.append("first code cell is not the set-up")
+    if "hosted.install()" not in code[0].source or not any("runtime.setup(" in c.source for c in code[:3]):
+        found.append("does not begin with the set-up")
     lengths = [lines(c.source) for c in code]
     if statistics.median(lengths) > 6 or max(lengths) > 20:
         found.append(f"cells too long: median {statistics.median(lengths)}, longest {max(lengths)}")
