@@ -141,7 +141,7 @@ def common_settings(recipe, folder: Path) -> dict:
         "learning_rate": recipe.learning_rate,
         "max_length": recipe.max_length,
         "pad_to_multiple_of": 8,  # few shapes: torch's CPU library keeps a kernel for each it meets
-        "gradient_checkpointing": False,  # a small model: memory is there, time isn't
+        "gradient_checkpointing": needs_checkpointing(recipe),  # False for the course model: memory is there, time isn't
         "optim": device().optimizer,
     } | device().flags
 
