@@ -23,7 +23,7 @@ from helpers.runtime import ROOT, CourseError, runs_dir, setup, write_whole
 PINS = ROOT / "course" / "colab.txt"
 PYTHON = "3.13"  # Colab's, as the head of PINS says
 PLATFORMS = ("manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(17, 36)))  # glibc 2.35 and what it can run
-KERNEL = ("ipykernel", "pip", "setuptools")  # beside the course's own needs: what runs cells
+KERNEL = ("ipykernel", "ipywidgets", "pip", "setuptools")  # beside the course's own needs: what runs cells and draws progress bars
 RENEW = """# What a Colab GPU session has preinstalled of all that the course's dependencies reach, on {date} (Python {python}).
 # To renew: run `!pip freeze` on Colab, save it as freeze.txt, then `.venv/bin/python -m course.colab pins freeze.txt DATE`.
 """
