@@ -10,7 +10,7 @@ TORCH_INDEX ?= $(shell if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/d
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install course test test-fast test-unit test-notebooks test-alone lab refresh sweeps sweeps-check bench colab-check newest-check gpu-check lint-workflows lock clean
+.PHONY: help install course catch-up kit kit-check test test-fast test-unit test-notebooks test-alone lab refresh timings sweeps sweeps-check bench colab-check newest-check gpu-check lint-workflows lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -27,6 +27,15 @@ install: $(VENV)/installed ## make .venv with everything in it
 
 course: install ## run the core course headless and print the scoreboard (FRESH=1: reuse nothing, neither runs nor the cached model)
 	@$(RUN) -m course run $(if $(FRESH),--fresh)
+
+catch-up: install ## what a notebook needs of the ones before it, if you fell behind: STEP=04
+	@$(RUN) -m course catch-up $(STEP)
+
+kit: install ## one folder for a room without network: PLATFORM=linux|windows|macos PYTHON_VERSION=3.11
+	@$(RUN) -m course.kit build $(if $(PLATFORM),--platform $(PLATFORM)) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
+
+kit-check: install ## the kit of this system, installed and run with networking off (half an hour)
+	@$(RUN) -m course.kit check
 
 test: install ## every test: unit tests, then nbval over every notebook
 	@$(RUN) -m course test
@@ -48,6 +57,9 @@ lab: install ## open JupyterLab at the first notebook
 
 refresh: install ## re-execute the notebooks in place, in order, for committing
 	@$(RUN) -m course refresh $(NOTEBOOK)
+
+timings: install ## write the measured times of the stored notebooks wherever times are told
+	@$(RUN) -m course.timings
 
 sweeps: install ## run and record what costs hours: data/results/*.json
 	@$(RUN) -m course.sweeps run $(SWEEP)

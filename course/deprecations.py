@@ -20,6 +20,7 @@ ALLOWED = (  # the module that warned, how its message begins, and why that isn'
     ("tqdm.auto", "Using `tqdm.autonotebook.tqdm` in notebook mode", "an experiment of tqdm's, which hushes this itself; nothing goes"),
     ("matplotlib._fontconfig_pattern", "'", "Colab's matplotlib on a newer pyparsing, whose messages begin with the old name in quotes"),
     ("matplotlib._mathtext", "'", "the same"),
+    ("pyparsing.util", "'parseAll' argument is deprecated", "the same, said by pyparsing of its caller"),
     ("IPython.html", "The `IPython.html` package has been deprecated", "Colab's IPython, when transformers looks for widgets"),
 )
 

@@ -1,4 +1,4 @@
-"""Runs the course: `python -m course run|refresh|test|unit|notebooks|alone|lock`, called by the Makefile."""
+"""Runs the course: `python -m course run|catch-up|refresh|test|unit|notebooks|alone|lock`, called by the Makefile."""
 
 import argparse
 import os
@@ -55,7 +55,7 @@ def execute(name: str, target: Path | None = None) -> None:
 
     os.environ["COURSE_PROGRESS"] = "0"  # bars are for people; a stored notebook keeps none
     quiet = ["--log-level=ERROR"]  # the kernel's own advice on encryption between it and this process
-    place = {"metadata": {"path": str(NOTEBOOKS)}}
+    place = {"metadata": {"path": str((NOTEBOOKS / name).parent)}}
     client = NotebookClient(notebook, timeout=None, kernel_name="python3", extra_arguments=quiet, resources=place, on_cell_execute=on_cell)
     if live:
         threading.Thread(target=tick, daemon=True).start()
@@ -69,6 +69,7 @@ def execute(name: str, target: Path | None = None) -> None:
         ) from None
     finally:
         over.set()
+    notebook.metadata["measured"] = {"seconds": round(time.perf_counter() - start), "cores": os.cpu_count()}  # for make timings
     clean_outputs(notebook)
     write_whole(target or NOTEBOOKS / f"{name}.ipynb", nbformat.writes(notebook) + "\n")
     show("  done")
@@ -90,6 +91,29 @@ def main_runs() -> dict:
     from helpers import dpo, recipes
 
     return {"sft": (recipes.SFTRecipe(), recipes.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}
+
+
+MINUTES = {"sft": 6, "dpo": 2}  # of training a main run, on 2 cores with fast bfloat16
+
+
+def catch_up(step: str) -> None:
+    """`make catch-up STEP=04`: what that notebook needs of the ones before it, found in runs/, taken from the workshop kit, or trained now."""
+    from helpers import recipes, runtime
+
+    steps = [name[:2] for name in all_notebooks() if "/" not in name]
+    step = step and step.zfill(2)  # 4 is 04
+    if step not in steps:
+        raise CourseError(f"There is no notebook {step!r}: STEP can be {', '.join(steps)}, as in make catch-up STEP=04.")
+    prepare()
+    for stage, (recipe, adapter) in list(main_runs().items())[: max(0, int(step) - 3)]:  # 04 starts from SFT's adapter, 05 from DPO's too
+        folder = recipe.folder() / "adapter"
+        if (folder / "adapter_config.json").exists():
+            print(f"{folder.parent.name}: found in runs/", flush=True)
+        elif not recipes.from_kit(folder):
+            print(f"{folder.parent.name}: neither in runs/ nor in a kit; training it, about {MINUTES[stage]} minutes on 2 cores", flush=True)
+            runtime.setup()
+            adapter(recipe)
+    print(f"Ready for notebook {step}.")
 
 
 def exam() -> None:
@@ -152,7 +176,8 @@ def project() -> dict:
 
 
 def all_notebooks() -> list[str]:
-    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    """The lessons in order, then the solutions of their exercises, by their paths in notebooks/ without the ending."""
+    return [path.relative_to(NOTEBOOKS).with_suffix("").as_posix() for place in ("*", "solutions/*") for path in sorted(NOTEBOOKS.glob(f"{place}.ipynb"))]
 
 
 def pytest(*arguments: str, **environment: str) -> int:
@@ -207,6 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m course", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("--fresh", action="store_true")
+    commands.add_parser("catch-up").add_argument("step", nargs="?", default="")
     commands.add_parser("refresh").add_argument("names", nargs="*")
     commands.add_parser("test").add_argument("arguments", nargs="*")
     commands.add_parser("unit").add_argument("arguments", nargs="*")
@@ -214,7 +240,8 @@ def main() -> int:
     commands.add_parser("alone")
     commands.add_parser("lock")
     chosen = vars(parser.parse_args())
-    command = {"run": run, "refresh": refresh, "test": test, "unit": unit, "notebooks": notebooks, "alone": alone, "lock": lock}[chosen.pop("command")]
+    does = {"run": run, "catch-up": catch_up, "refresh": refresh, "test": test, "unit": unit, "notebooks": notebooks, "alone": alone, "lock": lock}
+    command = does[chosen.pop("command")]
     try:
         return command(**chosen) or 0
     except CourseError as error:

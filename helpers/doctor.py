@@ -81,14 +81,9 @@ def check_training(seconds: float = 10.0) -> str:
 
 
 CHECKS = {
-    "Python": check_python,
-    "disk": check_disk,
-    "memory": check_memory,
-    "device": check_device,
-    "model": check_model,
-    "database": check_database,
-    "training": check_training,
-}
+    "Python": check_python, "disk": check_disk, "memory": check_memory, "device": check_device,
+    "model": check_model, "database": check_database, "training": check_training,
+}  # fmt: skip
 
 
 def main(checks=None) -> int:

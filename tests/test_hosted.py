@@ -26,6 +26,12 @@ def test_every_notebook_begins_with_the_same_two_cells():
     assert all(f'"{variable}"' in SETUP for variable in hosted.HOSTS)
 
 
+def test_solutions_begin_with_the_same_cell_two_folders_deep():
+    for path in (ROOT / "notebooks" / "solutions").glob("*.ipynb"):
+        first = next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+        assert first == SETUP.replace('else "..")', 'else "../..")')
+
+
 # ---------------------------------------------------------------- what would be installed
 
 COLAB = colab.pins()

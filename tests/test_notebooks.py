@@ -13,7 +13,9 @@ from helpers.runtime import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SLUG = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 TAG = "v" + PROJECT["version"]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work|Users|usr|opt|mnt|var|content)/|[A-Z]:\\\\")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]{20}|gh[pousr]_[A-Za-z0-9]{20}")
 
@@ -22,8 +24,13 @@ def lines(source: str) -> int:
     return sum(bool(line.strip()) for line in source.splitlines())
 
 
+def anchors(markdown: str) -> set[str]:
+    """What a link can name in a Markdown file: its headings as GitHub writes them."""
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", markdown, re.M)}
+
+
 def problems(notebook, name: str) -> list[str]:
-    """Everything wrong with a notebook, each in a few words."""
+    """Everything wrong with a notebook (its path in notebooks/), each in a few words."""
     found, code = [], [c for c in notebook.cells if c.cell_type == "code"]
     meta = notebook.metadata
     if meta.get("accelerator") != "GPU" or meta.get("colab", {}).get("gpuType") != "T4":
@@ -57,9 +64,22 @@ def problems(notebook, name: str) -> list[str]:
     }.items():
         if match := pattern.search(text):
             found.append(f"{what} in an output: {match[0]}")
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")):
-        if not (ROOT / "notebooks" / target).exists():
-            found.append(f"link to nowhere: {target}")
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    for target, _, anchor in re.findall(r"\]\((?!http)([^)#]+)(#([^)]+))?\)", prose):
+        path = (FOLDER / name).parent / target
+        if not path.exists() or anchor and anchor not in anchors(path.read_text(encoding="utf-8")):
+            found.append(f"link to nowhere: {target} {anchor}")
+    if name.startswith("solutions/"):
+        return found
+    for what, pattern in {
+        "what you will be able to do": r"\*\*You will be able to\*\*\n\n(- .+\n){3,5}\n\*\*You need\*\* \S",
+        "minutes": r"\*\*Time\.\*\* \d+ minutes? of computing on two CPU cores, measured\. On a T4 .+ estimate",
+        "a word to predict": r"\*\*Predict",
+        "papers with links": r"\*\*Read on\.\*\* .*\(https://arxiv\.org/abs/\d{4}\.\d{5}\)",
+        "terms": r"\]\(\.\./GLOSSARY\.md#[\w-]+\)",
+    }.items():
+        if not re.search(pattern, prose):
+            found.append(f"lacks {what}")
     return found
 
 
@@ -67,11 +87,18 @@ def test_there_are_notebooks():
     assert [p.stem for p in NOTEBOOKS][:5] == ["00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl", "04_dpo"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda p: p.relative_to(FOLDER).as_posix())
 def test_notebook_is_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert problems(notebook, path.name) == []
+    assert problems(notebook, path.relative_to(FOLDER).as_posix()) == []
+
+
+def test_each_notebook_has_solutions_that_must_come_out_right():
+    assert [p.name for p in SOLUTIONS] == [p.name for p in NOTEBOOKS]
+    for path in SOLUTIONS:
+        checked = [c for c in nbformat.read(path, as_version=4).cells if "nbval-check-output" in c.metadata.get("tags", [])]
+        assert len(checked) >= 3 and all(c.outputs[0].data["text/plain"].startswith("right. ") for c in checked), path.name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -102,7 +129,13 @@ BREAK = {
     "progress": lambda nb: next(c for c in nb.cells if c.cell_type == "code").outputs.append(
         nbformat.v4.new_output("stream", name="stdout", text="50%|##")
     ),
-    "nowhere": lambda nb: nb.cells[0].update(source=nb.cells[0].source + "\n[x](gone.ipynb)"),
+    "nowhere: gone": lambda nb: nb.cells[0].update(source=nb.cells[0].source + "\n[x](gone.ipynb)"),
+    "nowhere: ../GLOSSARY.md no-such": lambda nb: nb.cells[0].update(source=nb.cells[0].source + "\n[x](../GLOSSARY.md#no-such-term)"),
+    "able to do": lambda nb: nb.cells[0].update(source=nb.cells[0].source.replace("\n- ", "\n* ")),
+    "minutes": lambda nb: nb.cells[0].update(source=nb.cells[0].source.replace("**Time.**", "")),
+    "papers": lambda nb: nb.cells[-1].update(source=nb.cells[-1].source.replace("arxiv.org", "example.org")),
+    "terms": lambda nb: [c.update(source=c.source.replace("GLOSSARY.md#", "glossary/")) for c in nb.cells],
+    "predict": lambda nb: [c.update(source=c.source.replace("**Predict", "**Guess")) for c in nb.cells],
 }
 
 

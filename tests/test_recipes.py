@@ -21,6 +21,18 @@ def trainer(folder, recipe=TINY, bits=4, **changes):
     )
 
 
+def interrupt_at(step):
+    """A callback that presses Ctrl-C when a step is done."""
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Interrupt()
+
+
 # ---------------------------------------------------------------- what needs no model
 
 
@@ -169,7 +181,7 @@ def test_the_mask_covers_the_answer_and_the_end_of_turn_only(tmp_path):
 def test_interrupt_keeps_the_checkpoint_and_resume_reaches_the_same_loss(tmp_path):
     whole = recipes.fit(trainer(tmp_path / "whole"))["history"]
     stopped = trainer(tmp_path / "stopped")
-    stopped.add_callback(recipes.interrupt_at(3))
+    stopped.add_callback(interrupt_at(3))
     with pytest.raises(CourseError, match="interrupted at step 3; the checkpoint of step 2 is kept. Run the same cell again"):
         recipes.fit(stopped)
     resumed = recipes.fit(trainer(tmp_path / "stopped"))["history"]
@@ -182,7 +194,7 @@ def test_interrupt_keeps_the_checkpoint_and_resume_reaches_the_same_loss(tmp_pat
 @pytest.mark.slow
 def test_interrupt_before_the_first_checkpoint_says_so(tmp_path):
     stopped = trainer(tmp_path)
-    stopped.add_callback(recipes.interrupt_at(1))
+    stopped.add_callback(interrupt_at(1))
     with pytest.raises(CourseError, match="there was no checkpoint yet"):
         recipes.fit(stopped)
 

@@ -20,10 +20,11 @@ TAG = "v" + PROJECT["version"]
 TEXTS = [
     p
     for p in (
-        ROOT / "README.md",
+        *ROOT.glob("*.md"),
+        ROOT / "CITATION.cff",
         ROOT / "data/README.md",
         ROOT / "environment.yml",
-        *(ROOT / "notebooks").glob("*.ipynb"),
+        *(ROOT / "notebooks").glob("**/*.ipynb"),
         *(ROOT / "helpers").glob("*.py"),
         *(ROOT / "course").glob("*.py"),
     )
@@ -151,7 +152,7 @@ def code_lines(package):
 
 def test_helpers_stay_small():
     assert code_lines("helpers") <= 2000
-    assert code_lines("course") <= 1200
+    assert code_lines("course") <= 1800
 
 
 # ---------------------------------------------------------------- the runner
