@@ -13,7 +13,7 @@ TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 .PHONY: help install course catch-up kit kit-check test test-fast test-unit test-notebooks test-alone lab refresh timings sweeps sweeps-check bench colab-check newest-check gpu-check lint-workflows lock clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "The course needs Python 3.11 or newer: run make PYTHON=python3.12 (or install it)."; exit 1; }

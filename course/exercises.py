@@ -1,5 +1,6 @@
 """The notebooks' exercises: what each check tries, and the mistakes that it knows. Cards and stubs are in notebooks/, solutions in notebooks/solutions/."""
 
+import contextlib
 import math
 
 from helpers.checks import NOT_YET, Verdict, check, right, wrong
@@ -36,26 +37,46 @@ DELAYS = "SELECT airline, AVG(dep_delay) FROM flights WHERE origin = 'JFK' AND m
 LONGEST = "SELECT MAX(dep_delay) FROM flights WHERE carrier = 'HA'"
 
 
+def rows_of(answer: str) -> list:
+    """What an answer's SQL returns on the real database; SqlError where it doesn't run."""
+    from helpers import flights, scoring, sql
+
+    with contextlib.closing(sql.connect(flights.database_path())) as connection:
+        return sql.execute(connection, scoring.extract_sql(answer) or answer).rows
+
+
 @check
 def query(answer: str) -> Verdict:
     """00.1: the SQL of "Average departure delay of each airline out of JFK in July, worst first"."""
-    from helpers import scoring
+    from helpers import scoring, sql
 
-    def same(reference):
-        return scoring.judge().judge(answer, reference, ordered=True)["correct"]
+    try:
+        rows, wanted = rows_of(answer), rows_of(DELAYS)
+    except sql.SqlError as error:
+        return wrong(f"your query doesn't run: {error}")
 
-    if same(DELAYS):
+    def same(reference, ordered=True):
+        return scoring.judge().judge(answer, reference, ordered=ordered)["correct"]
+
+    delays = [round(value, 1) for row in rows for value in row if isinstance(value, float)]
+    if same(DELAYS) or (same(DELAYS, ordered=False) and delays == sorted(delays, reverse=True)):  # rounding makes ties
         return right("It gives the reference's result on the real database and on both perturbed copies.")
+    if same(DELAYS, ordered=False):
+        return wrong("the airlines and their delays are right, their order isn't: the question asks for the worst first.")
     for hint, replaced, by in (
         ("it counts the flights of every month.", " AND month = 7", ""),
         ("it counts the flights of all three airports.", "origin = 'JFK' AND ", ""),
-        ("the smallest delay comes first.", " DESC", ""),
         ("the question asks for delays at departure.", "dep_delay", "arr_delay"),
-        ("one number for all airlines together: the question says *each*.", "GROUP BY airline ", ""),
     ):
-        if same(DELAYS.replace(replaced, by)):
+        if same(DELAYS.replace(replaced, by), ordered=False):
             return wrong(hint)
-    return wrong(f"its result differs ({scoring.judge().judge(answer, DELAYS, ordered=True)['kind'].removeprefix('wrong: ')}).")
+    if len(rows) == 1:
+        return wrong("one number for all airlines together: the question says *each*.")
+    if rows and not any(isinstance(value, str) for value in rows[0]):
+        return wrong("say which airline each average belongs to.")
+    if len(rows) < len(wanted):
+        return wrong(f"the question asks for every airline, and {len(rows)} came.")
+    return wrong("its result differs from the reference's. Check which flights count, then what is averaged, then for whom.")
 
 
 @check
@@ -77,8 +98,14 @@ def temperature(answer) -> Verdict:
 @check
 def lucky(answer: str) -> Verdict:
     """00.3: a query that is wrong for "What is the largest departure delay of Hawaiian Airlines?", and right by luck on the real database."""
-    from helpers import scoring
+    from helpers import scoring, sql
 
+    try:
+        rows_of(answer)
+    except sql.SqlError as error:
+        return wrong(f"your query doesn't run: {error}")
+    if "flights" not in scoring.extract_sql(answer).lower():
+        return wrong("a number typed in isn't a query: ask the table.")
     found = scoring.judge().judge(answer, LONGEST, single=True)
     if found["correct"]:
         return wrong("this one agrees on all three databases, so it may well be right. You want one that ignores a part of the question.")
@@ -166,8 +193,11 @@ def levels(answer) -> Verdict:
     ours, theirs = level_error(other, given), level_error(other, nf4)
     if abs(ours / theirs - 1) < 1e-4:
         return wrong("this has NF4's own error. Move each level to where the weights that it serves would have it.")
-    if ours > 0.98 * theirs:
+    quantiles = level_error(other, torch.quantile(other[:100_000], torch.linspace(0, 1, 16)))
+    if ours > 0.95 * quantiles:
         return wrong(f"on another layer the error is {ours:.2%}, NF4's {theirs:.2%}. Levels used equally often aren't the ones with the least squared error.")
+    if ours >= theirs:
+        return wrong(f"on another layer the error is {ours:.2%}, NF4's {theirs:.2%}. If you move levels round by round, do more rounds, from a better start.")
     return right(f"On a layer that your levels have not seen the error is {ours:.1%}, NF4's {theirs:.1%}. But yours need a table for each model, and may lack a zero.")
 
 
@@ -197,7 +227,7 @@ def lora_forward(answer) -> Verdict:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    base, r, alpha = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False)), 2, 6
+    base, r, alpha = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False)), 2, 8
     layer = get_peft_model(base, LoraConfig(r=r, lora_alpha=alpha, target_modules=["0"])).base_model.model[0]
     A, B, W = layer.lora_A["default"].weight.detach(), torch.randn(5, r), layer.base_layer.weight.detach()
     layer.lora_B["default"].weight.data.copy_(B)
@@ -209,6 +239,8 @@ def lora_forward(answer) -> Verdict:
         "that is the update alone: the frozen layer's own output comes first.": alpha / r * detour,
         "that is the frozen layer alone.": x @ W.T,
         "the scale belongs to the update only.": alpha / r * (x @ W.T + detour),
+        "r is the number of A's rows: you divided by the width of the input.": x @ W.T + alpha / 6 * detour,
+        "r is the number of A's rows: you divided by the width of the output.": x @ W.T + alpha / 5 * detour,
         "the scale is alpha / √r in rank-stabilized LoRA; here it is alpha / r.": x @ W.T + alpha / math.sqrt(r) * detour,
     }
     return compare(answer(x, W, A, B, alpha), layer(x), mistakes, "PEFT's own layer gives the same numbers.", 1e-5)
@@ -285,24 +317,29 @@ def interval(answer) -> Verdict:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    phrasing = np.repeat(np.arange(60), 6)
-    gain = (rng.random(60) < 0.4).astype(float)[phrasing]  # questions of one phrasing stand or fall together
+    sizes = np.tile([2, 10], 30)  # questions a phrasing; those of one stand or fall together, and the large ones more often
+    phrasing = np.repeat(np.arange(60), sizes)
+    gain = (rng.random(60) < np.where(sizes > 5, 0.6, 0.1)).astype(float)[phrasing]
     given = answer(gain.copy(), phrasing.copy())
     if given is None or given is ...:
         return NOT_YET
     low, high = (float(end) for end in given)
-    if not low < gain.mean() < high:
-        return wrong("the mean itself must lie inside the interval, and low comes first.")
-    width = (high - low) / 2 / 1.96 / gain.std()  # in standard errors: 1 / √60 with phrasings, 1 / √360 with questions
-    if abs(width * math.sqrt(360) - 1) < 0.2:
+    if not low < high:
+        return wrong("low comes first.")
+    sums = np.bincount(phrasing, weights=gain)
+    means = np.array([sums[drawn].sum() / sizes[drawn].sum() for drawn in rng.integers(0, 60, (4000, 60))])
+    by_phrasing, by_question, width = means.std(), gain.std() / math.sqrt(len(gain)), (high - low) / 2 / 1.96
+    if abs((low + high) / 2 - (sums / sizes).mean()) < abs((low + high) / 2 - gain.mean()):
+        return wrong("each phrasing counts once: one with more questions must weigh more. Divide all gains drawn by all questions drawn.")
+    if abs(width / by_question - 1) < 0.2:
         return wrong("it is as narrow as if all questions were independent: draw phrasings, and take all questions of each one drawn.")
-    if abs(width * math.sqrt(60) / 0.84 - 1) < 0.08:
-        return wrong("it is a little narrow: is it the 90 % interval (from 5 % to 95 %)?")
-    if abs(width * math.sqrt(60) - 1) < 0.2:
+    if 0.7 < width / by_phrasing < 0.915:
+        return wrong("it is a little narrow: does a phrasing drawn twice count twice? Or is it the 90 % interval, from 5 % to 95 %?")
+    if abs(width / by_phrasing - 1) <= 0.11:
         return right("Two questions from one phrasing are not two independent facts, and the interval says so.")
-    if abs(width - 1) < 0.2:
+    if abs(width / gain.std() - 1) < 0.2:
         return wrong("that is the spread of single questions: take the mean of each draw, then the quantiles of these means.")
-    return wrong(f"its width is {width * math.sqrt(60):.1f} times what resampling phrasings gives.")
+    return wrong(f"its width is {width / by_phrasing:.1f} times what resampling phrasings gives.")
 
 
 # ---------------------------------------------------------------- 04 · DPO
@@ -360,6 +397,8 @@ def brevity_pair(answer) -> Verdict:
     if given is None or given is ...:
         return NOT_YET
     chosen, rejected = given
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return wrong("give the two answers' texts, not the dicts that they stand in.")
     correct = {s["answer"]: s["correct"] for s in some}
     if not correct.get(chosen) or not correct.get(rejected):
         return wrong("a wrong answer is in the pair: it would teach correctness and length at once, and you couldn't tell which was learnt.")

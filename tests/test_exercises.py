@@ -16,10 +16,13 @@ WRONG = {
     "00.1": [
         ("answer = \"SELECT airline, AVG(dep_delay) FROM flights WHERE origin = 'JFK' GROUP BY airline ORDER BY 2 DESC\"", "every month"),
         ("answer = \"SELECT carrier, AVG(dep_delay) FROM flights WHERE month = 7 GROUP BY carrier ORDER BY 2 DESC\"", "all three airports"),
-        ("answer = \"SELECT airline, AVG(dep_delay) FROM flights WHERE origin = 'JFK' AND month = 7 GROUP BY airline ORDER BY 2\"", "smallest"),
+        ("answer = \"SELECT airline, AVG(dep_delay) FROM flights WHERE origin = 'JFK' AND month = 7 GROUP BY airline ORDER BY 2\"", "worst first"),
         ("answer = \"SELECT airline, AVG(arr_delay) FROM flights WHERE origin = 'JFK' AND month = 7 GROUP BY airline ORDER BY 2 DESC\"", "at departure"),
-        ("answer = \"SELECT AVG(dep_delay) FROM flights WHERE origin = 'JFK' AND month = 7\"", "differs"),
-        ("answer = 'DROP TABLE flights'", "no query"),
+        ("answer = \"SELECT AVG(dep_delay) FROM flights WHERE origin = 'JFK' AND month = 7\"", "says *each*"),
+        ("answer = \"SELECT AVG(dep_delay) d FROM flights WHERE origin='JFK' AND month=7 GROUP BY carrier ORDER BY d DESC\"", "which airline"),
+        ("answer = \"SELECT carrier, AVG(dep_delay) d FROM flights WHERE origin='JFK' AND month=7 GROUP BY 1 ORDER BY d DESC LIMIT 5\"", "5 came"),
+        ("answer = \"SELECT carrier, MAX(dep_delay) d FROM flights WHERE origin='JFK' AND month=7 GROUP BY 1 ORDER BY d DESC\"", "differs"),
+        ("answer = 'DROP TABLE flights'", "doesn't run"),
     ],
     "00.2": [
         ("def probabilities(logits, temperature):\n    return (logits * temperature).softmax(0)", "less likely"),
@@ -30,6 +33,8 @@ WRONG = {
     "00.3": [
         ("answer = \"SELECT MAX(dep_delay) FROM flights WHERE airline LIKE 'Hawaiian%'\"", "agrees on all three"),
         ("answer = \"SELECT MAX(dep_delay) FROM flights WHERE carrier = 'UA'\"", "no luck to uncover"),
+        ("answer = 'SELECT 1301'", "ask the table"),
+        ("answer = 'SELECT MAX(delay) FROM flights'", "doesn't run"),
     ],
     "01.1": [
         ("def megabytes(parameters, bits, block):\n    return parameters * bits / 8 / 1e6", "scales are missing"),
@@ -49,6 +54,7 @@ WRONG = {
     "01.3": [
         ("import bitsandbytes.functional as bnb\ndef better_levels(x):\n    return bnb.get_4bit_type('nf4', device='cpu')", "NF4's own error"),
         ("def better_levels(x):\n    return torch.quantile(x, torch.linspace(0, 1, 16))", "equally often"),
+        ("def better_levels(x):\n    return torch.linspace(-1, 1, 16)", "more rounds"),
         ("def better_levels(x):\n    return torch.linspace(-1, 1, 17)", "(17,), and (16,) is asked for"),
     ],
     "02.1": [
@@ -60,6 +66,7 @@ WRONG = {
         ("def lora_forward(x, W, A, B, alpha):\n    return x @ W.T + x @ A.T @ B.T", "scale is missing"),
         ("def lora_forward(x, W, A, B, alpha):\n    return x @ W.T + alpha * x @ A.T @ B.T", "not alpha"),
         ("def lora_forward(x, W, A, B, alpha):\n    return alpha / len(A) * x @ A.T @ B.T", "update alone"),
+        ("def lora_forward(x, W, A, B, alpha):\n    return x @ W.T + alpha / A.shape[1] * x @ A.T @ B.T", "width of the input"),
         ("def lora_forward(x, W, A, B, alpha):\n    return x @ W", "RuntimeError"),
     ],
     "02.3": [
@@ -82,16 +89,26 @@ WRONG = {
     "03.3": [
         (
             "import numpy as np\ndef interval(gain, phrasing):\n    rng = np.random.default_rng(1)\n"
-            "    return np.quantile([rng.choice(gain, len(gain)).mean() for _ in range(1000)], [0.025, 0.975])",
+            "    return np.quantile([rng.choice(gain, len(gain)).mean() for _ in range(2000)], [0.025, 0.975])",
             "as if all questions were independent",
         ),
         ("import numpy as np\ndef interval(gain, phrasing):\n    return gain.mean() - 1.96 * gain.std(), gain.mean() + 1.96 * gain.std()", "single questions"),
         ("def interval(gain, phrasing):\n    return gain.mean() + 0.1, gain.mean() - 0.1", "low comes first"),
         (
+            "import numpy as np\ndef interval(gain, phrasing):\n    each = np.bincount(phrasing, weights=gain) / np.bincount(phrasing)\n"
+            "    return np.quantile(each[np.random.default_rng(1).integers(0, 60, (2000, 60))].mean(1), [0.025, 0.975])",
+            "each phrasing counts once",
+        ),
+        (
+            "import numpy as np\ndef interval(gain, phrasing):\n    rng = np.random.default_rng(1)\n"
+            "    return np.quantile([gain[np.isin(phrasing, rng.integers(0, 60, 60))].mean() for _ in range(2000)], [0.025, 0.975])",
+            "drawn twice",
+        ),
+        (
             "import numpy as np\ndef interval(gain, phrasing):\n    sums, n = np.bincount(phrasing, weights=gain), np.bincount(phrasing)\n"
-            "    picks = np.random.default_rng(1).integers(0, len(n), (1000, len(n)))\n"
+            "    picks = np.random.default_rng(1).integers(0, len(n), (2000, len(n)))\n"
             "    return np.quantile(sums[picks].sum(1) / n[picks].sum(1), [0.05, 0.95])",
-            "90 %",
+            "drawn twice",
         ),
     ],
     "04.1": [
@@ -106,6 +123,7 @@ WRONG = {
         ("def simpo_loss(c, r, nc, nr, beta, gamma):\n    return -torch.nn.functional.logsigmoid(beta * (r / nr - c / nc) - gamma).mean()", "swapped"),
     ],
     "04.3": [
+        ("def brevity_pair(answers):\n    few = [a for a in answers if a['correct']]\n    return few[0], few[-1]", "not the dicts"),
         ("def brevity_pair(answers):\n    texts = sorted((a['answer'] for a in answers), key=len)\n    return texts[0], texts[-1]", "a wrong answer is in the pair"),
         ("def brevity_pair(answers):\n    texts = sorted((a['answer'] for a in answers if a['correct']), key=len)\n    return texts[-1], texts[0]", "the longer one"),
         (
@@ -194,7 +212,7 @@ def test_known_mistakes_get_a_sentence_of_their_own_that_does_not_give_the_answe
         assert not found and found.says.startswith("not right: ") and words in found.says
         assert not any(line in found.says for line in telling)
         said.add(found.says)
-    assert len(said) == len(WRONG[number])
+    assert len(said) == len({words for _, words in WRONG[number]})
 
 
 @pytest.mark.parametrize("number", [n for n in STUBS if n not in HEAVY])
@@ -202,6 +220,22 @@ def test_what_an_answer_raises_is_told(number):
     code, check_line = parts(STUBS[number])
     found = verdict(code.replace("...", 'raise ValueError("oops")'), check_line)
     assert not found and found.says == "not right: your code stopped with ValueError: oops"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", ["ROUND(AVG(dep_delay), 1)", "ROUND(AVG(dep_delay), 2)", "AVG(dep_delay)"])
+@pytest.mark.parametrize("key", ["carrier, airline", "carrier", "airline"])
+def test_other_right_queries_pass(key, delay):
+    where = "WHERE month = 7 AND origin = 'JFK'"
+    assert exercises.query(f"SELECT {key}, {delay} AS delay_min FROM flights {where} GROUP BY {key} ORDER BY delay_min DESC")
+    assert exercises.query(f"WITH d AS (SELECT {key}, {delay} AS x FROM flights {where} GROUP BY carrier) SELECT * FROM d ORDER BY x DESC;")
+
+
+@pytest.mark.slow
+def test_fewer_rounds_of_the_right_idea_pass():
+    code, check_line = parts(SOLUTIONS["01.3"])
+    assert verdict(code.replace("range(30)", "range(17)"), check_line)
+    assert "more rounds" in verdict(code.replace("range(30)", "range(5)"), check_line).says
 
 
 def test_an_unknown_mistake_and_a_wrong_shape_are_told_apart():
