@@ -52,3 +52,14 @@ def test_a_notebook_that_does_not_get_done_behind_the_talk_is_refused(known):
     assert timings.plan((Block("start", 3, behind="03_b"), Block("talk", 4, behind="03_b")))
     with pytest.raises(CourseError, match="03_b takes 7 minutes, longer"):
         timings.plan((Block("start", 3, behind="03_b"), Block("talk", 3, behind="03_b")))
+
+
+def test_renewing_writes_only_what_changed(tmp_path, monkeypatch, capsys, known):
+    same, other = tmp_path / "same.md", tmp_path / "other.md"
+    same.write_text("3 minutes", encoding="utf-8")
+    other.write_text("9 minutes", encoding="utf-8")
+    monkeypatch.setattr(timings, "ROOT", tmp_path)
+    monkeypatch.setattr(timings, "renewed", lambda: {same: "3 minutes", other: "3 minutes"})
+    timings.main()
+    assert other.read_text(encoding="utf-8") == "3 minutes"
+    assert capsys.readouterr().out == "times renewed in other.md\n00: 3 min; 03: 7 min\n"
