@@ -3,7 +3,7 @@
 import contextlib
 import math
 
-from helpers.checks import NOT_YET, Verdict, check, right, wrong
+from helpers.checks import NOT_YET, Verdict, check, missing, right, wrong
 
 
 def compare(given, expected, mistakes: dict[str, object], remark: str, tolerance: float = 1e-4) -> Verdict:
@@ -13,7 +13,7 @@ def compare(given, expected, mistakes: dict[str, object], remark: str, tolerance
     """
     import torch
 
-    if given is None or given is ...:
+    if missing(given):
         return NOT_YET
     want, have = (torch.as_tensor(value).detach().double() for value in (expected, given))
 
@@ -184,7 +184,7 @@ def levels(answer) -> Verdict:
     import torch
 
     nf4, given = bnb.get_4bit_type("nf4", device="cpu"), answer(block_scaled(15))
-    if given is None or given is ...:
+    if missing(given):
         return NOT_YET
     given = torch.as_tensor(given).float()
     if given.shape != (16,):
@@ -254,7 +254,7 @@ def mean_adapter(answer) -> Verdict:
     torch.manual_seed(1)
     A1, A2, B1, B2 = torch.randn(2, 6), torch.randn(3, 6), torch.randn(5, 2), torch.randn(5, 3)
     given = answer(A1, B1, A2, B2)
-    if given is None or given is ...:
+    if missing(given):
         return NOT_YET
     A, B = given
     if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
@@ -321,7 +321,7 @@ def interval(answer) -> Verdict:
     phrasing = np.repeat(np.arange(60), sizes)
     gain = (rng.random(60) < np.where(sizes > 5, 0.6, 0.1)).astype(float)[phrasing]
     given = answer(gain.copy(), phrasing.copy())
-    if given is None or given is ...:
+    if missing(given):
         return NOT_YET
     low, high = (float(end) for end in given)
     if not low < high:
@@ -356,7 +356,7 @@ def margin(answer) -> Verdict:
         "a logarithm of the loss itself: first undo the loss's own -log.": [-math.log(v) for v in losses],
         "this forgets the 1 in σ(z) = 1 / (1 + exp(-z)).": [-v for v in losses],
     }
-    return compare([answer(v) for v in losses] if answer(0.1) is not None else None, expected, mistakes, "At ln 2 it is 0: where every DPO run starts.")
+    return compare(None if missing(answer(0.1)) else [answer(v) for v in losses], expected, mistakes, "At ln 2 it is 0: where every DPO run starts.")
 
 
 @check
@@ -394,7 +394,7 @@ def brevity_pair(answer) -> Verdict:
 
     some = samples(("SELECT 1 AS one", True), ("SELECT 1", True), ("SELECT", False), ("SELECT 1 AS the_number_one_in_full, 'a long wrong answer'", False), ("SELECT 1 AS n", True))
     given = answer(some)
-    if given is None or given is ...:
+    if missing(given):
         return NOT_YET
     chosen, rejected = given
     if not isinstance(chosen, str) or not isinstance(rejected, str):

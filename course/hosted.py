@@ -20,6 +20,7 @@ HOSTS = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}  # variables that these 
 MAY_MOVE = ("datasets", "pyarrow", "dill", "multiprocess", "torchao")  # preinstalled too old for TRL, or for PEFT
 NEVER = ("torch", "numpy", "pandas", "transformers")  # everything else on such a machine is built against them
 TORCHAO = "0.16"  # where an older one is installed, PEFT raises ImportError when it meets an unquantized layer
+NO_NETWORK = re.compile("NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|Temporary failure|ProxyError")  # in what pip says
 REMEMBER = {"transformers", "peft", "accelerate"}  # these keep in mind, from their import on, what is installed
 
 
@@ -81,7 +82,7 @@ def pip(*arguments: str) -> None:
         return
     if "No space left" in done.stderr:
         raise CourseError("The disk filled up while installing: free some space, then run this cell again.")
-    if re.search(r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|Temporary failure|ProxyError", done.stderr):
+    if NO_NETWORK.search(done.stderr):
         raise CourseError("Could not install: is there a network (on Kaggle: Settings, Internet)? Nothing is lost: run this cell again.")
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-3:]
     raise CourseError(f"Could not install: {' '.join(errors)[:500]}")

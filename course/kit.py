@@ -7,7 +7,6 @@ check   the kit of this system: copied, installed and run with networking off an
 
 import argparse
 import filecmp
-import hashlib
 import json
 import os
 import re
@@ -20,9 +19,9 @@ from importlib import metadata
 from pathlib import Path
 
 from course import colab, runner
-from course.hosted import normal
+from course.hosted import NO_NETWORK, normal
 from helpers import models
-from helpers.runtime import ROOT, CourseError, building, runs_dir, setup, write_whole
+from helpers.runtime import ROOT, CourseError, building, runs_dir, setup, sha256, write_whole
 
 LINUX = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 29)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]  # glibc 2.28, of 2018, or newer
 MAC = "macOS 14 or newer on Apple silicon"
@@ -67,7 +66,7 @@ def download(folder: Path, platform: str, python: str, requirements: list[str], 
         return
     if "No space left" in done.stderr:
         raise CourseError("The disk filled up while fetching wheels: free some space, then run the same command again.")
-    if re.search(r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|Temporary failure|ProxyError", done.stderr):
+    if NO_NETWORK.search(done.stderr):
         raise CourseError("Could not fetch the wheels: is there a network? Nothing half is left: run the same command again.")
     errors = " ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
     raise CourseError(f"Could not fetch a wheel for {platform}, Python {python} (change its version in constraints.txt): {errors[-300:]}")
@@ -136,8 +135,7 @@ def manifest(kit: Path, **about) -> None:
     """Writes manifest.json: sha256 and size of every file of the kit, and what it is for."""
     listed = {}
     for path in sorted(p for p in kit.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            listed[path.relative_to(kit).as_posix()] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+        listed[path.relative_to(kit).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
     write_whole(kit / "manifest.json", json.dumps(about | {"files": listed}, indent=1))
 
 

@@ -109,7 +109,7 @@ def catch_up(step: str) -> None:
         folder = recipe.folder() / "adapter"
         if (folder / "adapter_config.json").exists():
             print(f"{folder.parent.name}: found in runs/", flush=True)
-        elif not recipes.from_kit(folder):
+        elif not recipes.have_adapter(folder):
             print(f"{folder.parent.name}: neither in runs/ nor in a kit; training it, about {MINUTES[stage]} minutes on 2 cores", flush=True)
             runtime.setup()
             adapter(recipe)

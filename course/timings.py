@@ -71,26 +71,26 @@ def exercises() -> dict[str, int]:
     return found
 
 
-def length(block: Block) -> int:
-    """Minutes of a plan's row."""
-    return block.talk + (measured()[block.run] if block.run else 0) + sum(exercises()[number] for number in block.solve)
-
-
 def clock(minutes: int) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}"
 
 
 def plan(blocks: tuple[Block, ...], of: int | None = None) -> str:
     """A plan as a table; CourseError where it takes more than `of` minutes less the spare, or a notebook doesn't get done behind the talk."""
+    running, solving = measured(), exercises()
+
+    def length(block: Block) -> int:
+        return block.talk + (running[block.run] if block.run else 0) + sum(solving[number] for number in block.solve)
+
     start, lines = 0, ["| from | to | what | talk | waiting | exercises |", "|---|---|---|---|---|---|"]
     for block in blocks:
         end = start + length(block)
-        solve = f"{', '.join(block.solve)}: {sum(exercises()[n] for n in block.solve)}" if block.solve else ""
-        lines.append(f"| {clock(start)} | {clock(end)} | {block.what} | {block.talk} | {measured()[block.run] if block.run else ''} | {solve} |")
+        solve = f"{', '.join(block.solve)}: {sum(solving[n] for n in block.solve)}" if block.solve else ""
+        lines.append(f"| {clock(start)} | {clock(end)} | {block.what} | {block.talk} | {running[block.run] if block.run else ''} | {solve} |")
         start = end
     for name in {block.behind for block in blocks} - {""}:
-        if measured()[name] > sum(length(block) for block in blocks if block.behind == name):
-            raise CourseError(f"{name} takes {measured()[name]} minutes, longer than what goes on meanwhile: make that longer in course/timings.py.")
+        if running[name] > sum(length(block) for block in blocks if block.behind == name):
+            raise CourseError(f"{name} takes {running[name]} minutes, longer than what goes on meanwhile: make that longer in course/timings.py.")
     if of and start > of * (1 - SPARE):
         raise CourseError(f"The plan takes {start} of {of} minutes, and a quarter is to be spare: shorten it in course/timings.py.")
     spare = f" of {of}; {of - start} to spare" if of else ""
@@ -100,8 +100,9 @@ def plan(blocks: tuple[Block, ...], of: int | None = None) -> str:
 def table() -> str:
     """The lessons' measured minutes and those of their exercises."""
     lines = ["| notebook | running, minutes | all three exercises, minutes |", "|---|---|---|"]
+    solving = exercises()
     for name, minutes in measured().items():
-        solved = sum(m for number, m in exercises().items() if number.startswith(name[:2]))
+        solved = sum(m for number, m in solving.items() if number.startswith(name[:2]))
         lines.append(f"| [{name}](notebooks/{name}.ipynb) | {minutes} | {solved} |")
     return "\n".join([*lines, "", "Running: as measured when the stored outputs were made, on two cores with fast bfloat16. Exercises: an estimate."])
 

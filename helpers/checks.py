@@ -21,6 +21,10 @@ class Verdict:
 NOT_YET = Verdict(False, "not yet: put your code where the three dots are, then run the cell again.")
 
 
+def missing(value) -> bool:
+    return value is None or value is ...
+
+
 def right(remark: str) -> Verdict:
     return Verdict(True, f"right. {remark}")
 
@@ -35,7 +39,7 @@ def check(trial):
     @functools.wraps(trial)
     def checked(answer) -> Verdict:
         try:
-            return NOT_YET if answer is None or answer is ... else trial(answer)
+            return NOT_YET if missing(answer) else trial(answer)
         except Exception as error:
             return wrong(f"your code stopped with {type(error).__name__}: {error}")
 

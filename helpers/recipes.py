@@ -13,7 +13,7 @@ from pathlib import Path
 from helpers import budget, flights
 from helpers.menu import COURSE_MODEL, choose
 from helpers.models import load_model, load_tokenizer
-from helpers.runtime import ROOT, CourseError, building, device, runs_dir, seed_everything, write_whole
+from helpers.runtime import ROOT, CourseError, building, device, runs_dir, seed_everything, sha256, write_whole
 
 
 @dataclass(frozen=True)
@@ -449,20 +449,20 @@ def merge(model):
     return model.merge_and_unload()
 
 
-def from_kit(folder: Path) -> bool:
-    """Whether a run's adapter folder could be copied from the workshop kit (`kit/`, or the folder that COURSE_KIT names): whole or not at all.
+def have_adapter(folder: Path) -> bool:
+    """Whether a run's adapter folder is there, or could be copied from the workshop kit (`kit/`, or the folder that COURSE_KIT names): whole or not at all.
 
     A kit has a folder for each recipe: another recipe's is never taken. CourseError where a copied byte differs from the manifest.
     """
     kit, run, listed = Path(os.environ.get("COURSE_KIT") or ROOT / "kit").expanduser(), f"adapters/{folder.parent.name}/adapter/", None
-    if (kit / run).is_dir():
+    if (kit / run).is_dir() and not folder.exists():
         with contextlib.suppress(OSError, ValueError, KeyError):
             listed = {k: v["sha256"] for k, v in json.loads((kit / "manifest.json").read_text(encoding="utf-8"))["files"].items() if k.startswith(run)}
         with building(folder, need_bytes=50_000_000) as scratch:
             if scratch:
                 shutil.copytree(kit / run, scratch, copy_function=shutil.copyfile)
                 scratch.chmod(0o755)  # a read-only kit's folder could not be renamed
-                if listed != {run + path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in scratch.iterdir()}:
+                if listed != {run + path.name: sha256(path) for path in scratch.iterdir()}:
                     raise CourseError(f"The kit's copy of {folder.parent.name} is damaged: copy the kit again, or remove {kit / run}.")
                 print(f"{folder.parent.name}: taken from the workshop kit")
     return (folder / "adapter_config.json").exists()
@@ -471,6 +471,6 @@ def from_kit(folder: Path) -> bool:
 def sft_adapter(recipe: SFTRecipe | None = None) -> Path:
     """The folder of the recipe's trained adapter: from `runs/` or the workshop kit, else trained now (about 6 minutes)."""
     folder = (recipe := recipe or SFTRecipe()).folder() / "adapter"
-    if not (folder / "adapter_config.json").exists() and not from_kit(folder):
+    if not have_adapter(folder):
         finish(make_trainer(recipe, load_model(recipe.bits), load_tokenizer()))
     return folder

@@ -1,6 +1,7 @@
 """Where things are, what the machine can do, and how to write files that are never half there."""
 
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -47,6 +48,12 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8", newline="\n")  # the same bytes, and hashes, on Windows
     os.replace(part, path)
+
+
+def sha256(path: Path) -> str:
+    """A file's sha256 in hexadecimal, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
