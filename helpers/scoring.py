@@ -31,8 +31,8 @@ def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_si
     answers = [""] * len(prompts)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with torch.inference_mode(), _contiguous_head(model), progress_bar(len(prompts), progress) as bar:
-        first = torch.tensor([prompts[0][:shared]], device=model.device)
-        prefix = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values if shared else None
+        read = model(input_ids=torch.tensor([prompts[0][:shared]], device=model.device), use_cache=True, logits_to_keep=1) if shared else {}
+        prefix = {name: read[name] for name in {"past_key_values", "cache"} & set(read)}  # its name before and from transformers 5.24 on
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             asked = [prompts[i] for i in batch]
@@ -57,16 +57,16 @@ def _shared_prefix(prompts: list[list[int]]) -> int:
 
 
 def _generate_batch(model, tokenizer, prompts, prefix, shared, max_new_tokens, **sampling) -> list[str]:
-    """`prefix` is the key/value cache of the first `shared` tokens, or None and 0."""
+    """`prefix` holds the key/value cache of the first `shared` tokens under its name in transformers; {} and 0 where none is kept."""
     import torch
 
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     # cached tokens stand first, then the padding, then the rest
     ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
     mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=model.device)
-    if prefix is not None:
-        sampling["past_key_values"] = copy.deepcopy(prefix)
-        sampling["past_key_values"].batch_repeat_interleave(len(prompts))
+    for name, kept in prefix.items():
+        sampling[name] = copy.deepcopy(kept)
+        sampling[name].batch_repeat_interleave(len(prompts))
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
     return [t.strip() for t in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 

@@ -238,6 +238,16 @@ def test_answers_do_not_depend_on_batch_size_or_prefix_cache(model32, tokenizer)
 
 
 @pytest.mark.slow
+def test_a_long_shared_beginning_is_read_once_and_a_short_one_with_each_prompt(model32, tokenizer, monkeypatch):
+    kept = []
+    monkeypatch.setattr(scoring, "_generate_batch", lambda model, tokenizer, asked, prefix, shared, *_, **__: kept.append((prefix, shared)) or asked)
+    for system in (flights.SYSTEM_PROMPT, flights.SCHEMA_PROMPT):
+        scoring.generate(model32, tokenizer, [flights.chat(q, system) for q in ("How many flights left JFK?", "avg delay")])
+    (none, zero), (prefix, shared) = kept
+    assert (none, zero) == ({}, 0) and shared >= 64 and [cache.get_seq_length() for cache in prefix.values()] == [shared]
+
+
+@pytest.mark.slow
 def test_generation_stops_at_the_end_of_the_turn(model32, tokenizer):
     answer = scoring.generate(model32, tokenizer, [[{"role": "user", "content": "What is the capital of France?"}]], max_new_tokens=60)[0]
     assert "Paris" in answer and "<|im" not in answer and len(tokenizer(answer).input_ids) < 60
