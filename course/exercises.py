@@ -74,6 +74,8 @@ def query(answer: str) -> Verdict:
         return wrong("one number for all airlines together: the question says *each*.")
     if rows and not any(isinstance(value, str) for value in rows[0]):
         return wrong("say which airline each average belongs to.")
+    if rows and not any(isinstance(value, int | float) for value in rows[0]):
+        return wrong("a column is missing: give each airline's average too, not only the order.")
     if len(rows) < len(wanted):
         return wrong(f"the question asks for every airline, and {len(rows)} came.")
     return wrong("its result differs from the reference's. Check which flights count, then what is averaged, then for whom.")
@@ -98,13 +100,15 @@ def temperature(answer) -> Verdict:
 @check
 def lucky(answer: str) -> Verdict:
     """00.3: a query that is wrong for "What is the largest departure delay of Hawaiian Airlines?", and right by luck on the real database."""
+    import sqlglot
+
     from helpers import scoring, sql
 
     try:
         rows_of(answer)
     except sql.SqlError as error:
         return wrong(f"your query doesn't run: {error}")
-    if "flights" not in scoring.extract_sql(answer).lower():
+    if not any(part.find(sqlglot.exp.Column, sqlglot.exp.Star) for part in sqlglot.parse_one(scoring.extract_sql(answer), read="sqlite").selects):
         return wrong("a number typed in isn't a query: ask the table.")
     found = scoring.judge().judge(answer, LONGEST, single=True)
     if found["correct"]:
@@ -127,6 +131,9 @@ def megabytes(answer) -> Verdict:
         "these are bits: a byte has eight.": (n * bits + 8 * scales) / 1e6,
         "these are mebibytes (2**20 bytes): the course counts in MB, 10**6.": (n * bits / 8 + scales) / 2**20,
         "a float32 scale has four bytes.": (n * bits / 8 + n / block) / 1e6,
+        "a float32 scale has four bytes, not two.": (n * bits / 8 + 2 * n / block) / 1e6,
+        "a float32 scale has 32 bits, not 32 bytes.": (n * bits / 8 + 32 * n / block) / 1e6,
+        "the weights are counted in bits: a byte has eight.": (n * bits + scales) / 1e6,
         "these are bytes.": n * bits / 8 + scales,
     }
     remark = "Half a bit a weight for the scales: 4.5 bits, which double quantization brings down to 4.127."
@@ -140,9 +147,9 @@ def blockwise(answer) -> Verdict:
 
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
-    def there_and_back(block, top, rounding=torch.round):
+    def there_and_back(block, top, rounding=torch.round, size=torch.abs):
         blocks = w.reshape(-1, block)
-        scale = blocks.abs().amax(1, keepdim=True) / top
+        scale = size(blocks).amax(1, keepdim=True) / top
         return (rounding(blocks / scale) * scale).reshape(w.shape)
 
     mistakes = {
@@ -153,6 +160,8 @@ def blockwise(answer) -> Verdict:
         "4 bits have 16 codes, for both signs together: the largest integer isn't 15.": there_and_back(32, 15),
         "the fraction is cut off: round to the nearest integer.": there_and_back(32, 7, torch.trunc),
         "rounding down isn't rounding to the nearest.": there_and_back(32, 7, torch.floor),
+        "the largest value isn't the largest size: take the absmax.": there_and_back(32, 7, size=lambda blocks: blocks),
+        "these are the codes: multiply them by their block's scale again.": (w / w.reshape(8, 32).abs().amax(1).div(7).repeat_interleave(32).reshape(4, 64)).round(),
         "these are still the blocks: give the result w's own shape.": there_and_back(32, 7).reshape(-1, 32),
     }
     return compare(answer(w.clone(), 4, 32), there_and_back(32, 7), mistakes, "This is absmax quantization as the first 4-bit formats had it: a uniform grid.")
@@ -214,6 +223,7 @@ def lora_parameters(answer) -> Verdict:
         "only A is counted.": sum(r * i for _, i in shapes),
         "only B is counted.": sum(r * o for o, _ in shapes),
         "r is missing.": sum(o + i for o, i in shapes),
+        "only the first layer is counted: does your return stand inside the loop?": r * sum(shapes[0]),
         "the frozen weights are counted too.": sum(o * i + r * (o + i) for o, i in shapes),
     }
     remark = "It grows with r and with the layer's width, not with its area."
@@ -227,7 +237,7 @@ def lora_forward(answer) -> Verdict:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    base, r, alpha = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False)), 2, 8
+    base, r, alpha = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False)), 3, 8  # alpha / r is no whole number
     layer = get_peft_model(base, LoraConfig(r=r, lora_alpha=alpha, target_modules=["0"])).base_model.model[0]
     A, B, W = layer.lora_A["default"].weight.detach(), torch.randn(5, r), layer.base_layer.weight.detach()
     layer.lora_B["default"].weight.data.copy_(B)
@@ -236,6 +246,7 @@ def lora_forward(answer) -> Verdict:
     mistakes = {
         "the scale is missing: the update is multiplied by alpha / r.": x @ W.T + detour,
         "the scale is alpha / r, not alpha.": x @ W.T + alpha * detour,
+        "`//` rounds down: the scale is alpha / r.": x @ W.T + alpha // r * detour,
         "that is the update alone: the frozen layer's own output comes first.": alpha / r * detour,
         "that is the frozen layer alone.": x @ W.T,
         "the scale belongs to the update only.": alpha / r * (x @ W.T + detour),
@@ -252,22 +263,37 @@ def mean_adapter(answer) -> Verdict:
     import torch
 
     torch.manual_seed(1)
-    A1, A2, B1, B2 = torch.randn(2, 6), torch.randn(3, 6), torch.randn(5, 2), torch.randn(5, 3)
-    given = answer(A1, B1, A2, B2)
-    if missing(given):
-        return NOT_YET
-    A, B = given
+    for r1, r2 in ((2, 2), (2, 3)):  # of one rank first: then the mean of the matrices can be taken, and told
+        A1, A2, B1, B2 = torch.randn(r1, 12), torch.randn(r2, 12), torch.randn(10, r1), torch.randn(10, r2)
+        given = answer(A1, B1, A2, B2)
+        if missing(given):
+            return NOT_YET
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            return wrong("give the two matrices A and B, not their product.")
+        verdict = _mean(*given, B1 @ A1, B2 @ A2, (B1 + B2) @ (A1 + A2) / 4 if r1 == r2 else B1 @ A1)
+        if not verdict:
+            break
+    return verdict
+
+
+def _mean(A, B, first, second, of_matrices) -> Verdict:
+    """02.3 for one pair of adapters, whose updates are `first` and `second`."""
+    import torch
+
     if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
         return wrong(f"B @ A must be possible: A has the shape {tuple(A.shape)}, B {tuple(B.shape)}.")
-    first, second = B1 @ A1, B2 @ A2
     mistakes = {
+        "the mean of the A's times the mean of the B's multiplies one adapter's A with the other's B.": of_matrices,
         "that is the sum of the two updates, not the mean.": first + second,
         "halving A and B both quarters their product.": (first + second) / 4,
         "that is the first update alone.": first,
         "the second update counts in full.": first / 2 + second,
         "the first update counts in full.": first + second / 2,
     }
-    return compare(B @ A, (first + second) / 2, mistakes, f"Its rank is {A.shape[0]}: means of A's and of B's would bring in products of one adapter's A with the other's B.", 1e-5)
+    verdict, rank = compare(B @ A, (first + second) / 2, mistakes, "", 1e-5), torch.linalg.matrix_rank(B @ A).item()
+    if verdict and A.shape[0] > rank:
+        return wrong(f"the product is right, but A needs no more than {rank} rows, and has {A.shape[0]}: that is ΔW written out.")
+    return right(f"Its rank is {rank}: as many rows as both adapters have, and no product of one's A with the other's B.") if verdict else verdict
 
 
 # ---------------------------------------------------------------- 03 · SFT with TRL
@@ -306,6 +332,8 @@ def completion_loss(answer) -> Verdict:
         "the masked positions count in the mean's denominator: divide by the supervised ones alone.": summed / 5,
         "a loss is minus the log of the probability: the sign.": -summed / 3,
         "that is in bits: use the natural logarithm.": summed / 3 / math.log(2),
+        "the softmax runs over the vocabulary, the last axis.": -logits[:-1].log_softmax(0)[[2, 3, 4], wanted[3:]].mean(),
+        "the softmax runs over the vocabulary: yours runs over positions.": -logits.log_softmax(0)[[2, 3, 4], wanted[3:]].mean(),
     }
     exact = ForCausalLMLoss(logits[None], wanted[None], vocab_size=9)
     return compare(answer(logits, wanted), exact, mistakes, "transformers' own loss is the same.", 1e-5)
@@ -354,6 +382,7 @@ def margin(answer) -> Verdict:
         "the sign: a small loss means a large positive margin.": [-v for v in expected],
         "that is the probability that the chosen answer wins, σ(margin): one step more.": [math.exp(-v) for v in losses],
         "a logarithm of the loss itself: first undo the loss's own -log.": [-math.log(v) for v in losses],
+        "a margin has a sign: it is negative where the rejected answer is ahead.": [abs(v) for v in expected],
         "this forgets the 1 in σ(z) = 1 / (1 + exp(-z)).": [-v for v in losses],
     }
     return compare(None if missing(answer(0.1)) else [answer(v) for v in losses], expected, mistakes, "At ln 2 it is 0: where every DPO run starts.")
@@ -380,6 +409,8 @@ def simpo_loss(answer) -> Verdict:
         "chosen and rejected are swapped.": loss(-gain - gamma),
         "one loss for each pair: take their mean.": -torch.nn.functional.logsigmoid(gain - gamma),
         "a loss is minus the log: the sign.": -loss(gain - gamma),
+        "that is the sum over the pairs: take the mean.": 3 * loss(gain - gamma),
+        "take the mean of the logarithms, not the logarithm of the mean.": -(gain - gamma).sigmoid().mean().log(),
         "the logarithm is missing: -log σ(z), not -σ(z).": -(gain - gamma).sigmoid().mean(),
     }
     return compare(answer(w, u, nw, nu, beta, gamma), loss(gain - gamma), mistakes, "No reference model anywhere, and a long answer has no advantage from its length.", 1e-5)
@@ -402,6 +433,8 @@ def brevity_pair(answer) -> Verdict:
     correct = {s["answer"]: s["correct"] for s in some}
     if not correct.get(chosen) or not correct.get(rejected):
         return wrong("a wrong answer is in the pair: it would teach correctness and length at once, and you couldn't tell which was learnt.")
+    if chosen == rejected:
+        return wrong("both are the same text. (The length of a dict is the number of its keys: compare the lengths of the texts.)")
     if len(chosen) > len(rejected):
         return wrong("the chosen answer is the longer one.")
     if (chosen, rejected) != ("SELECT 1", "SELECT 1 AS one"):

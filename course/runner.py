@@ -110,7 +110,7 @@ def catch_up(step: str) -> None:
         if (folder / "adapter_config.json").exists():
             print(f"{folder.parent.name}: found in runs/", flush=True)
         elif not recipes.have_adapter(folder):
-            print(f"{folder.parent.name}: neither in runs/ nor in a kit; training it, about {MINUTES[stage]} minutes on 2 cores", flush=True)
+            print(f"{folder.parent.name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {MINUTES[stage]} minutes on 2 cores", flush=True)
             runtime.setup()
             adapter(recipe)
     print(f"Ready for notebook {step}.")

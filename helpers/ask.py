@@ -20,10 +20,13 @@ class Asker:
 
     def __init__(self, stage: str = "sft"):
         setup()
-        adapter = {"base": None, "sft": recipes.sft_adapter, "dpo": dpo.adapter}[stage]
+        recipe, adapter = {"base": (None, None), "sft": (recipes.SFTRecipe(), recipes.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}[stage]
         self.system = flights.SYSTEM_PROMPT if adapter else flights.SCHEMA_PROMPT
         self.tokenizer = models.load_tokenizer()
-        self.model = recipes.load_adapter(adapter()) if adapter else models.load_model()
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
+            if recipe and not recipes.have_adapter(recipe.folder() / "adapter"):
+                print(f"{stage} is not trained yet: it is now, from its last checkpoint if there is one (on 2 CPU cores 6 minutes for sft, 2 more for dpo).")
+            self.model = recipes.load_adapter(adapter()) if adapter else models.load_model()
         self.worker = sql.Worker(flights.database_path())
 
     def answer(self, question: str) -> dict:

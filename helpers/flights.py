@@ -187,9 +187,7 @@ def load_questions(split: str | Path, half: str | None = None):
 
     name = str(split)
     rows = read_jsonl(QUESTIONS / f"{name}.jsonl" if name in SPLITS else split, check_sql=name not in SPLITS)
-    if half:
-        rows = [row for row in rows if row["half"] == half]
-    return Dataset.from_list(rows)
+    return Dataset.from_list([row for row in rows if not half or row["half"] == half])
 
 
 def subset(questions, n: int = 100, seed: int = 0):

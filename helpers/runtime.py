@@ -170,8 +170,7 @@ def device() -> Device:
         memory = min(gpu.total_memory, T4_BYTES)
         torch.cuda.set_per_process_memory_fraction(memory / gpu.total_memory, 0)
         return decide("cuda", f"{gpu.name} as a T4", memory / 1e9, (7, 5))
-    name = platform.processor() or platform.machine()
-    return decide("cpu", name, memory_gb(), speedup=bfloat16_speedup())
+    return decide("cpu", platform.processor() or platform.machine(), memory_gb(), speedup=bfloat16_speedup())
 
 
 def memory_gb() -> float:

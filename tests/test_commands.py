@@ -54,7 +54,8 @@ def test_doctor_trains_for_real():
 # ---------------------------------------------------------------- ask
 
 
-def test_each_stage_has_its_model_and_prompt(monkeypatch):
+def test_each_stage_has_its_model_and_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(ask.recipes, "have_adapter", lambda folder: bool(print("from the kit")) or "dpo" in str(folder))
     monkeypatch.setattr(ask.models, "load_tokenizer", lambda: None)
     monkeypatch.setattr(ask.models, "load_model", lambda: "base")
     monkeypatch.setattr(ask.recipes, "load_adapter", lambda folder: folder)
@@ -68,6 +69,8 @@ def test_each_stage_has_its_model_and_prompt(monkeypatch):
         asker = ask.Asker(stage)
         assert (asker.model, asker.system) == (model, system)
         asker.close()
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("from the kit") == 2 and err.count("is not trained yet") == 1 and "sft is not trained yet" in err
 
 
 class FakeAsker(ask.Asker):

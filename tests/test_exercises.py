@@ -22,6 +22,7 @@ WRONG = {
         ("answer = \"SELECT AVG(dep_delay) d FROM flights WHERE origin='JFK' AND month=7 GROUP BY carrier ORDER BY d DESC\"", "which airline"),
         ("answer = \"SELECT carrier, AVG(dep_delay) d FROM flights WHERE origin='JFK' AND month=7 GROUP BY 1 ORDER BY d DESC LIMIT 5\"", "5 came"),
         ("answer = \"SELECT carrier, MAX(dep_delay) d FROM flights WHERE origin='JFK' AND month=7 GROUP BY 1 ORDER BY d DESC\"", "differs"),
+        ("answer = \"SELECT carrier FROM flights WHERE origin='JFK' AND month=7 GROUP BY 1 ORDER BY AVG(dep_delay) DESC\"", "column is missing"),
         ("answer = 'DROP TABLE flights'", "doesn't run"),
     ],
     "00.2": [
@@ -34,12 +35,16 @@ WRONG = {
         ("answer = \"SELECT MAX(dep_delay) FROM flights WHERE airline LIKE 'Hawaiian%'\"", "agrees on all three"),
         ("answer = \"SELECT MAX(dep_delay) FROM flights WHERE carrier = 'UA'\"", "no luck to uncover"),
         ("answer = 'SELECT 1301'", "ask the table"),
+        ("answer = 'SELECT 1301 FROM flights LIMIT 1'", "ask the table"),
         ("answer = 'SELECT MAX(delay) FROM flights'", "doesn't run"),
     ],
     "01.1": [
         ("def megabytes(parameters, bits, block):\n    return parameters * bits / 8 / 1e6", "scales are missing"),
         ("def megabytes(parameters, bits, block):\n    return (parameters * bits + 32 * parameters / block) / 1e6", "a byte has eight"),
         ("def megabytes(parameters, bits, block):\n    return (parameters * bits / 8 + 4 * parameters / block) / 2**20", "mebibytes"),
+        ("def megabytes(parameters, bits, block):\n    return (parameters * bits / 8 + 2 * parameters / block) / 1e6", "not two"),
+        ("def megabytes(parameters, bits, block):\n    return (parameters * bits / 8 + 32 * parameters / block) / 1e6", "not 32 bytes"),
+        ("def megabytes(parameters, bits, block):\n    return (parameters * bits + 4 * parameters / block) / 1e6", "weights are counted in bits"),
     ],
     "01.2": [
         ("def blockwise(w, bits, block):\n    scale = w.abs().max() / 7\n    return torch.round(w / scale) * scale", "whole tensor"),
@@ -49,6 +54,16 @@ WRONG = {
             "def blockwise(w, bits, block):\n    b = w.reshape(-1, block)\n    s = b.abs().amax(1, keepdim=True) / 2 ** (bits - 1)\n"
             "    return (torch.round(b / s) * s).reshape(w.shape)",
             "the largest is 7, not 8",
+        ),
+        (
+            "def blockwise(w, bits, block):\n    b = w.reshape(-1, block)\n    s = b.amax(1, keepdim=True) / 7\n"
+            "    return (torch.round(b / s) * s).reshape(w.shape)",
+            "take the absmax",
+        ),
+        (
+            "def blockwise(w, bits, block):\n    b = w.reshape(-1, block)\n    s = b.abs().amax(1, keepdim=True) / 7\n"
+            "    return torch.round(b / s).reshape(w.shape)",
+            "these are the codes",
         ),
     ],
     "01.3": [
@@ -61,18 +76,22 @@ WRONG = {
         ("def lora_parameters(shapes, r):\n    return sum(o * i for o, i in shapes)", "layers themselves"),
         ("def lora_parameters(shapes, r):\n    return sum(r * o * i for o, i in shapes)", "thin matrices"),
         ("def lora_parameters(shapes, r):\n    return sum(r * i for o, i in shapes)", "only A"),
+        ("def lora_parameters(shapes, r):\n    for o, i in shapes:\n        return r * (o + i)", "inside the loop"),
     ],
     "02.2": [
         ("def lora_forward(x, W, A, B, alpha):\n    return x @ W.T + x @ A.T @ B.T", "scale is missing"),
         ("def lora_forward(x, W, A, B, alpha):\n    return x @ W.T + alpha * x @ A.T @ B.T", "not alpha"),
         ("def lora_forward(x, W, A, B, alpha):\n    return alpha / len(A) * x @ A.T @ B.T", "update alone"),
         ("def lora_forward(x, W, A, B, alpha):\n    return x @ W.T + alpha / A.shape[1] * x @ A.T @ B.T", "width of the input"),
+        ("def lora_forward(x, W, A, B, alpha):\n    return x @ W.T + alpha // len(A) * x @ A.T @ B.T", "rounds down"),
         ("def lora_forward(x, W, A, B, alpha):\n    return x @ W", "RuntimeError"),
     ],
     "02.3": [
         ("def mean_adapter(A1, B1, A2, B2):\n    return torch.cat([A1, A2]), torch.cat([B1, B2], 1)", "the sum"),
         ("def mean_adapter(A1, B1, A2, B2):\n    return torch.cat([A1, A2]) / 2, torch.cat([B1, B2], 1) / 2", "quarters"),
-        ("def mean_adapter(A1, B1, A2, B2):\n    return (A1 + A2) / 2, (B1 + B2) / 2", "RuntimeError"),
+        ("def mean_adapter(A1, B1, A2, B2):\n    return (A1 + A2) / 2, (B1 + B2) / 2", "mean of the A's"),
+        ("def mean_adapter(A1, B1, A2, B2):\n    return (B1 @ A1 + B2 @ A2) / 2", "not their product"),
+        ("def mean_adapter(A1, B1, A2, B2):\n    return torch.eye(A1.shape[1]), (B1 @ A1 + B2 @ A2) / 2", "written out"),
         ("def mean_adapter(A1, B1, A2, B2):\n    return torch.cat([B1, B2], 1), torch.cat([A1, A2])", "must be possible"),
     ],
     "03.1": [
@@ -85,6 +104,11 @@ WRONG = {
         ("def completion_loss(logits, labels):\n    return torch.nn.functional.cross_entropy(logits, labels)", "shift the logits"),
         ("def completion_loss(logits, labels):\n    return torch.nn.functional.cross_entropy(logits[1:], labels[:-1])", "wrong way"),
         ("def completion_loss(logits, labels):\n    return torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction='sum')", "the sum"),
+        (
+            "def completion_loss(logits, labels):\n    kept = labels[1:] != -100\n"
+            "    return -logits[:-1].log_softmax(0)[kept.nonzero()[:, 0], labels[1:][kept]].mean()",
+            "the last axis",
+        ),
     ],
     "03.3": [
         (
@@ -115,15 +139,22 @@ WRONG = {
         ("import math\ndef margin_of(loss):\n    return math.log(math.exp(loss) - 1)", "the sign"),
         ("import math\ndef margin_of(loss):\n    return math.exp(-loss)", "probability"),
         ("def margin_of(loss):\n    return -loss", "forgets the 1"),
+        ("import math\ndef margin_of(loss):\n    return abs(math.log(math.exp(loss) - 1))", "has a sign"),
     ],
     "04.2": [
         ("def simpo_loss(c, r, nc, nr, beta, gamma):\n    return -torch.nn.functional.logsigmoid(beta * (c - r) - gamma).mean()", "lengths"),
         ("def simpo_loss(c, r, nc, nr, beta, gamma):\n    return -torch.nn.functional.logsigmoid(beta * (c / nc - r / nr) + gamma).mean()", "subtracted"),
         ("def simpo_loss(c, r, nc, nr, beta, gamma):\n    return -torch.nn.functional.logsigmoid(beta * (c / nc - r / nr - gamma)).mean()", "not γ"),
         ("def simpo_loss(c, r, nc, nr, beta, gamma):\n    return -torch.nn.functional.logsigmoid(beta * (r / nr - c / nc) - gamma).mean()", "swapped"),
+        ("def simpo_loss(c, r, nc, nr, beta, gamma):\n    return -torch.nn.functional.logsigmoid(beta * (c / nc - r / nr) - gamma).sum()", "sum over the pairs"),
+        ("def simpo_loss(c, r, nc, nr, beta, gamma):\n    return -torch.sigmoid(beta * (c / nc - r / nr) - gamma).mean().log()", "logarithm of the mean"),
     ],
     "04.3": [
         ("def brevity_pair(answers):\n    few = [a for a in answers if a['correct']]\n    return few[0], few[-1]", "not the dicts"),
+        (
+            "def brevity_pair(answers):\n    few = [a for a in answers if a['correct']]\n    return min(few, key=len)['answer'], max(few, key=len)['answer']",
+            "the number of its keys",
+        ),
         ("def brevity_pair(answers):\n    texts = sorted((a['answer'] for a in answers), key=len)\n    return texts[0], texts[-1]", "a wrong answer is in the pair"),
         ("def brevity_pair(answers):\n    texts = sorted((a['answer'] for a in answers if a['correct']), key=len)\n    return texts[-1], texts[0]", "the longer one"),
         (

@@ -143,8 +143,8 @@ def test_catch_up_makes_what_a_notebook_needs(step, stages, prepared, trained, m
     monkeypatch.setattr(runner, "all_notebooks", lambda: [*runner.CORE, "05_next", "06_last"])
     monkeypatch.setattr("helpers.runtime.setup", lambda: None)
     runner.catch_up(step)
-    names = {"sft": f"{SFT.folder().name}: neither in runs/ nor in a kit; training it, about 6 minutes on 2 cores"}
-    names["dpo"] = f"{DPO.folder().name}: neither in runs/ nor in a kit; training it, about 2 minutes on 2 cores"
+    names = {"sft": f"{SFT.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 6 minutes on 2 cores"}
+    names["dpo"] = f"{DPO.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 2 minutes on 2 cores"
     lines = capsys.readouterr().out.splitlines()
     what = ["preparing the course model … 0 s", "preparing the database … 0 s", "preparing the test instances … 0 s"]
     assert lines == [*what, *(names[stage] for stage in stages), f"Ready for notebook {step.zfill(2)}."]
