@@ -108,7 +108,8 @@ def lucky(answer: str) -> Verdict:
         rows_of(answer)
     except sql.SqlError as error:
         return wrong(f"your query doesn't run: {error}")
-    if not any(part.find(sqlglot.exp.Column, sqlglot.exp.Star) for part in sqlglot.parse_one(scoring.extract_sql(answer), read="sqlite").selects):
+    parsed = sqlglot.parse_one(scoring.extract_sql(answer) or answer, read="sqlite")
+    if not any(part.find(sqlglot.exp.Column, sqlglot.exp.Star) for part in parsed.selects):
         return wrong("a number typed in isn't a query: ask the table.")
     found = scoring.judge().judge(answer, LONGEST, single=True)
     if found["correct"]:
@@ -147,10 +148,10 @@ def blockwise(answer) -> Verdict:
 
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
-    def there_and_back(block, top, rounding=torch.round, size=torch.abs):
+    def there_and_back(block, top, rounding=torch.round, size=torch.abs, back=True):
         blocks = w.reshape(-1, block)
         scale = size(blocks).amax(1, keepdim=True) / top
-        return (rounding(blocks / scale) * scale).reshape(w.shape)
+        return (rounding(blocks / scale) * (scale if back else 1)).reshape(w.shape)
 
     mistakes = {
         "that is one scale for the whole tensor: one outlier would spoil every block.": there_and_back(w.numel(), 7),
@@ -161,7 +162,7 @@ def blockwise(answer) -> Verdict:
         "the fraction is cut off: round to the nearest integer.": there_and_back(32, 7, torch.trunc),
         "rounding down isn't rounding to the nearest.": there_and_back(32, 7, torch.floor),
         "the largest value isn't the largest size: take the absmax.": there_and_back(32, 7, size=lambda blocks: blocks),
-        "these are the codes: multiply them by their block's scale again.": (w / w.reshape(8, 32).abs().amax(1).div(7).repeat_interleave(32).reshape(4, 64)).round(),
+        "these are the codes: multiply them by their block's scale again.": there_and_back(32, 7, back=False),
         "these are still the blocks: give the result w's own shape.": there_and_back(32, 7).reshape(-1, 32),
     }
     return compare(answer(w.clone(), 4, 32), there_and_back(32, 7), mistakes, "This is absmax quantization as the first 4-bit formats had it: a uniform grid.")
@@ -270,30 +271,26 @@ def mean_adapter(answer) -> Verdict:
             return NOT_YET
         if not isinstance(given, tuple | list) or len(given) != 2:
             return wrong("give the two matrices A and B, not their product.")
-        verdict = _mean(*given, B1 @ A1, B2 @ A2, (B1 + B2) @ (A1 + A2) / 4 if r1 == r2 else B1 @ A1)
+        A, B = given
+        if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
+            return wrong(f"B @ A must be possible: A has the shape {tuple(A.shape)}, B {tuple(B.shape)}.")
+        first, second = B1 @ A1, B2 @ A2
+        mistakes = {
+            "that is the sum of the two updates, not the mean.": first + second,
+            "halving A and B both quarters their product.": (first + second) / 4,
+            "that is the first update alone.": first,
+            "the second update counts in full.": first / 2 + second,
+            "the first update counts in full.": first + second / 2,
+        }
+        if r1 == r2:
+            of_matrices = "the mean of the A's times the mean of the B's multiplies one adapter's A with the other's B."
+            mistakes[of_matrices] = (B1 + B2) @ (A1 + A2) / 4
+        verdict, rank = compare(B @ A, (first + second) / 2, mistakes, "", 1e-5), torch.linalg.matrix_rank(B @ A).item()
         if not verdict:
-            break
-    return verdict
-
-
-def _mean(A, B, first, second, of_matrices) -> Verdict:
-    """02.3 for one pair of adapters, whose updates are `first` and `second`."""
-    import torch
-
-    if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
-        return wrong(f"B @ A must be possible: A has the shape {tuple(A.shape)}, B {tuple(B.shape)}.")
-    mistakes = {
-        "the mean of the A's times the mean of the B's multiplies one adapter's A with the other's B.": of_matrices,
-        "that is the sum of the two updates, not the mean.": first + second,
-        "halving A and B both quarters their product.": (first + second) / 4,
-        "that is the first update alone.": first,
-        "the second update counts in full.": first / 2 + second,
-        "the first update counts in full.": first + second / 2,
-    }
-    verdict, rank = compare(B @ A, (first + second) / 2, mistakes, "", 1e-5), torch.linalg.matrix_rank(B @ A).item()
-    if verdict and A.shape[0] > rank:
-        return wrong(f"the product is right, but A needs no more than {rank} rows, and has {A.shape[0]}: that is ΔW written out.")
-    return right(f"Its rank is {rank}: as many rows as both adapters have, and no product of one's A with the other's B.") if verdict else verdict
+            return verdict
+        if A.shape[0] > rank:
+            return wrong(f"the product is right, but A needs no more than {rank} rows, and has {A.shape[0]}: that is ΔW written out.")
+    return right(f"Its rank is {rank}: as many rows as both adapters have, and no product of one's A with the other's B.")
 
 
 # ---------------------------------------------------------------- 03 · SFT with TRL

@@ -306,7 +306,7 @@ def score(records, draws: int = 2000, seed: int = 0) -> Score:
     strata = _strata(records)
     low, high = _interval(right, strata, draws, seed)
     bound = 0.025 ** (1 / sum(map(len, strata)))
-    low, high = bound if min(right) == 1 else low, high if any(right) else 1 - bound
+    low, high = (bound if min(right) == 1 else low), (high if any(right) else 1 - bound)
     return Score(len(right), round(sum(right)), sum(right) / len(right), low, high)
 
 

@@ -36,6 +36,7 @@ WRONG = {
         ("answer = \"SELECT MAX(dep_delay) FROM flights WHERE carrier = 'UA'\"", "no luck to uncover"),
         ("answer = 'SELECT 1301'", "ask the table"),
         ("answer = 'SELECT 1301 FROM flights LIMIT 1'", "ask the table"),
+        ("answer = 'VALUES (1301)'", "ask the table"),
         ("answer = 'SELECT MAX(delay) FROM flights'", "doesn't run"),
     ],
     "01.1": [
