@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 
-from helpers import flights, models, recipes, runtime, scoring
+from helpers import adapters, flights, generation, models, recipes, runtime
 
 LIMIT = 80  # new tokens at most
 
@@ -29,13 +29,13 @@ def main(count: int) -> None:
     runtime.setup()
     tokenizer, recipe = models.load_tokenizer(), recipes.SFTRecipe()
     trained = (recipe.folder() / "adapter" / "adapter_config.json").exists()
-    model = recipes.load_adapter(recipe.folder() / "adapter") if trained else models.load_model()
+    model = adapters.load_adapter(recipe.folder() / "adapter") if trained else models.load_model()
     system = flights.SYSTEM_PROMPT if trained else flights.SCHEMA_PROMPT
     chats = [flights.chat(q["question"], system) for q in flights.subset(flights.load_questions("validation"), count)]
     seconds: dict[str, list[float]] = {"batched": [], "one by one": []}
     for _ in range(3):
         for name, ask in {
-            "batched": lambda: scoring.generate(model, tokenizer, chats, max_new_tokens=LIMIT),
+            "batched": lambda: generation.generate(model, tokenizer, chats, max_new_tokens=LIMIT),
             "one by one": lambda: one_by_one(model, tokenizer, chats),
         }.items():
             start = time.perf_counter()

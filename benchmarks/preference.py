@@ -21,7 +21,7 @@ def seconds_per_step(theirs: bool) -> float:
     from transformers import TrainerCallback
     from trl import DPOTrainer
 
-    from helpers import dpo, models, recipes
+    from helpers import dpo, models, recipes, training
 
     class Tick(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -37,7 +37,7 @@ def seconds_per_step(theirs: bool) -> float:
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != "Watch"]
     trainer.add_callback(Tick())
     with contextlib.redirect_stdout(sys.stderr):
-        recipes.fit(trainer, resume=False)
+        training.fit(trainer, resume=False)
     return statistics.median(b - a for a, b in zip(ticks, ticks[1:], strict=False))
 
 

@@ -71,7 +71,7 @@ def arm(name: str, keep: bool) -> dict:
     where = runtime.setup()
     import torch
 
-    from helpers import flights, models, recipes
+    from helpers import flights, models, recipes, training
 
     recipe, clock = recipes.SFTRecipe(steps=STEPS + WARM), Clock()
     folder = Path(tempfile.mkdtemp())
@@ -93,10 +93,10 @@ def arm(name: str, keep: bool) -> dict:
         with contextlib.redirect_stdout(sys.stderr):
             timed(trainer, clock).train()
     else:
-        trainer = recipes.make_trainer(recipe, models.load_model(recipe.bits), models.load_tokenizer(), folder=folder, save_strategy="no")
+        trainer = training.make_trainer(recipe, models.load_model(recipe.bits), models.load_tokenizer(), folder=folder, save_strategy="no")
         if name == "recipe":
             with contextlib.redirect_stdout(sys.stderr):
-                recipes.fit(timed(trainer, clock), resume=False)
+                training.fit(timed(trainer, clock), resume=False)
         else:
             model = trainer.model.train()
             batches = [b for b, _ in zip(trainer.get_train_dataloader(), range(STEPS + WARM), strict=False)]

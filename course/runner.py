@@ -88,9 +88,9 @@ def prepare() -> None:
 
 def main_runs() -> dict:
     """The main runs: stage, its recipe, and what gives the folder of its adapter (trained if it is missing)."""
-    from helpers import dpo, recipes
+    from helpers import dpo, recipes, training
 
-    return {"sft": (recipes.SFTRecipe(), recipes.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}
+    return {"sft": (recipes.SFTRecipe(), training.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}
 
 
 MINUTES = {"sft": 6, "dpo": 2}  # of training a main run, on 2 cores with fast bfloat16
@@ -98,7 +98,7 @@ MINUTES = {"sft": 6, "dpo": 2}  # of training a main run, on 2 cores with fast b
 
 def catch_up(step: str) -> None:
     """`make catch-up STEP=04`: what that notebook needs of the ones before it, found in runs/, taken from the workshop kit, or trained now."""
-    from helpers import recipes, runtime
+    from helpers import adapters, runtime
 
     steps = [name[:2] for name in all_notebooks() if "/" not in name]
     step = step and step.zfill(2)  # 4 is 04
@@ -109,7 +109,7 @@ def catch_up(step: str) -> None:
         folder = recipe.folder() / "adapter"
         if (folder / "adapter_config.json").exists():
             print(f"{folder.parent.name}: found in runs/", flush=True)
-        elif not recipes.have_adapter(folder):
+        elif not adapters.have_adapter(folder):
             print(f"{folder.parent.name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {MINUTES[stage]} minutes on 2 cores", flush=True)
             runtime.setup()
             adapter(recipe)
@@ -118,17 +118,17 @@ def catch_up(step: str) -> None:
 
 def exam() -> None:
     """The final exam: the main runs, live, on all of test and the final half of freeform."""
-    from helpers import flights, models, recipes, scoreboard, scoring
+    from helpers import adapters, flights, generation, models, scoreboard, scoring
 
     splits = {"test": flights.load_questions("test"), "freeform": flights.load_questions("freeform", "final")}
     for stage, (recipe, adapter) in main_runs().items():
         passed = {r["split"] for r in scoreboard.rows() if (r["stage"], r["source"]) == (stage, "live")}
         if splits.keys() <= passed:
             continue
-        model, tokenizer = recipes.load_adapter(adapter(recipe)), models.load_tokenizer()
+        model, tokenizer = adapters.load_adapter(adapter(recipe)), models.load_tokenizer()
         for split, questions in splits.items():
             print(f"exam: {stage} on {split} ({len(questions)} questions) … ", end="", flush=True)
-            answers, seconds = scoring.ask(model, tokenizer, questions)
+            answers, seconds = generation.ask(model, tokenizer, questions)
             result = scoreboard.record(stage, split, scoring.execution_accuracy(answers, questions), seconds, recipe.seed)
             print(f"{result['accuracy']:.0%} in {seconds:.0f} s", flush=True)
 

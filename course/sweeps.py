@@ -16,8 +16,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from course import house, preferences
-from helpers import baselines, dpo, flights, models, recipes, scoreboard, scoring
+from helpers import adapters, baselines, dpo, flights, generation, house, intervals, models, preferences, scoreboard, scoring, training
 from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError, device, setup, write_whole
@@ -108,8 +107,8 @@ def chosen_preference(arm: str) -> DPORecipe | None:
     start = runs.get(key("preference_search", {"stage": "sft", "recipe": START}))
     if start is None or None in found.values():
         return None
-    least = scoring.score(start).accuracy - LOST - 1e-9
-    keeping = [recipe for recipe, records in found.items() if scoring.score(records).accuracy >= least]
+    least = intervals.score(start).accuracy - LOST - 1e-9
+    keeping = [recipe for recipe, records in found.items() if intervals.score(records).accuracy >= least]
     return max(keeping or found, key=lambda recipe: house_score(found[recipe]))
 
 
@@ -164,10 +163,10 @@ def spectrum(model, recipe: SFTRecipe) -> list[float] | None:
 def train_preference(recipe: DPORecipe, tokenizer):
     """Trains one arm of notebook 04: the model, and what is recorded of its training (log-probabilities in nats, means over the probe)."""
     if recipe.method == "none":
-        return recipes.load_adapter(recipes.sft_adapter(recipe.start), recipe.start.bits), {}
+        return adapters.load_adapter(training.sft_adapter(recipe.start), recipe.start.bits), {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = dpo.make_trainer(recipe, dpo.start_model(recipe), tokenizer, folder=Path(folder), save_strategy="no")
-        history = recipes.fit(trainer, resume=False)["history"]
+        history = training.fit(trainer, resume=False)["history"]
     rounded = [{k: round(float(h[k]), 4) for k in LOGGED if k in h} for h in history]
     return trainer.model.eval(), {"history": rounded, "tokens": int(trainer.state.num_input_tokens_seen)}
 
@@ -182,8 +181,8 @@ def run_point(sweep: str, point: dict) -> dict:
         model, extra = train_preference(recipe, tokenizer)
     elif recipe:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = recipes.make_trainer(recipe, recipes.base_model(recipe), tokenizer, folder=Path(folder), save_strategy="no")
-            extra = {"losses": [[h["step"], round(float(h["loss"]), 4)] for h in recipes.fit(trainer, resume=False)["history"]]}
+            trainer = training.make_trainer(recipe, training.base_model(recipe), tokenizer, folder=Path(folder), save_strategy="no")
+            extra = {"losses": [[h["step"], round(float(h["loss"]), 4)] for h in training.fit(trainer, resume=False)["history"]]}
         model = trainer.model.eval()
         extra |= {"spectrum": spectrum(model, recipe)} if sweep == "methods" else {}
         if recipe.method == "full":  # trained in float32, it answers in this machine's dtype, as the others do
@@ -192,13 +191,13 @@ def run_point(sweep: str, point: dict) -> dict:
         model = None if point["stage"] == "nearest-question" else models.load_model()
     trained, parts = time.perf_counter() - start, {}
     for split, questions in splits(sweep).items():
-        answers, seconds = scoring.ask(model, tokenizer, questions) if recipe else baselines.answer(point["stage"], questions, model, tokenizer)
+        answers, seconds = generation.ask(model, tokenizer, questions) if recipe else baselines.answer(point["stage"], questions, model, tokenizer)
         records, kept = scoring.execution_accuracy(answers, questions), ("id", "intent", "phrasing", "correct", "kind", "kept")
         if isinstance(recipe, DPORecipe):
             records = preferences.with_style(records)
             extra.setdefault("samples", [[q["question"], a[:300]] for q, a in zip(questions, answers, strict=True)][:SHOWN])
         parts[split] = {"seconds": round(seconds, 1), "records": [{k: r[k] for k in kept if r.get(k) not in (None, {})} for r in records]}
-        print(f"  {split}: {scoring.score(records)}", flush=True)
+        print(f"  {split}: {intervals.score(records)}", flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")}
     return {
         "stage": point["stage"], "seed": point["seed"], "key": key(sweep, point), "recipe": asdict(recipe) if recipe else None,
@@ -242,7 +241,7 @@ def check() -> int:
         raise CourseError(f"{sweep} has no current record: run make sweeps first.")
     print(f"re-running {sweep}: {point}", flush=True)
     again = run_point(sweep, point)
-    a, b = (scoring.score(r["splits"]["validation"]["records"]).accuracy for r in (recorded, again))
+    a, b = (intervals.score(r["splits"]["validation"]["records"]).accuracy for r in (recorded, again))
     ok = abs(a - b) <= TOLERANCE
     print(f"recorded {a:.1%}, again {b:.1%}: {'within' if ok else 'OUTSIDE'} {TOLERANCE:.0%}", flush=True)
     return 0 if ok else 1

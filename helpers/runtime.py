@@ -132,20 +132,30 @@ def decide(kind: str, name: str, memory_gb: float, capability: tuple[int, int] |
         why = "this GPU has no bfloat16 units, so float16"
         return Device(kind, name, torch.float16, why, memory_gb, capability, optimizer="adamw_torch")
     why = f"a bfloat16 matmul runs at {speedup:.1f} times float32's speed on this processor"
+    if speedup < 0.5:  # 0.01 where torch only emulates it
+        slower = f"{1 / speedup:.1f}" if speedup > 0.1 else "more than ten"
+        why = f"a bfloat16 matmul is {slower} times slower than a float32 one on this processor"
     dtype = torch.bfloat16 if speedup > 1.2 else torch.float32
     # torch's fused attention is slower than plain matmuls on a CPU: short, masked rows
     return Device(kind, name, dtype, why, memory_gb, attention="eager", course_loss=True)
 
 
 def bfloat16_speedup(rows: int = 512, width: int = 1024, repeats: int = 5) -> float:
-    """How many times faster a bfloat16 matmul is than a float32 one on this processor (best of `repeats`, about 50 ms)."""
+    """How many times faster a bfloat16 matmul is than a float32 one on this processor (best of `repeats`, under half a second).
+
+    Where torch only emulates it, a matmul of this size takes seconds: a far smaller one, tried first, then tells enough.
+    """
     import torch
 
-    def best(dtype):
-        a, b = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-        return min(timeit.repeat(lambda: a @ b, number=1, repeat=repeats + 1)[1:])  # the first one warms up
+    def ratio(rows, width, repeats):
+        def best(dtype):
+            a, b = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+            return min(timeit.repeat(lambda: a @ b, number=1, repeat=repeats + 1)[1:])  # the first one warms up
 
-    return best(torch.float32) / best(torch.bfloat16)
+        return best(torch.float32) / best(torch.bfloat16)
+
+    small = ratio(rows // 8, width // 2, 3)
+    return small if small < 0.1 else ratio(rows, width, repeats)
 
 
 T4_BYTES = int(14.5 * 2**30)  # of a T4's 16 GB, what a process can have
@@ -203,6 +213,13 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def progress_bar(total: int, label: str):
+    """A progress bar that leaves nothing behind in a stored notebook (it is shown on a terminal or a live notebook)."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=label, disable=not label or os.environ.get("COURSE_PROGRESS") == "0", leave=False)
 
 
 def setup(seed: int = 0) -> Device:

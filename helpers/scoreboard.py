@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from helpers import baselines
+from helpers.intervals import Score, score
 from helpers.runtime import DATA, runs_dir, write_whole
-from helpers.scoring import Score, score
 
 STAGES = (*baselines.STAGES, "sft", "control", "dpo")
 RESULTS = DATA / "results"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from helpers import dpo, menu, recipes
+from helpers import dpo, menu, recipes, training
 from helpers.runtime import ROOT, device
 
 LIBRARIES = ("trl", "peft", "transformers", "bitsandbytes", "datasets")
@@ -103,7 +103,7 @@ def resolve(node, names: dict[str, str], module: str = "") -> str | None:
 def calls(text: str, module: str = "") -> set[tuple[str, str]]:
     """(callable, argument) pairs: a keyword, `()` for the call itself, `n positional`, or `**what` where that isn't known."""
     tree, found = ast.parse(text), set()
-    names, own = library_names(tree), {"SFT": parameters(recipes.make_trainer), "DPO": parameters(dpo.make_trainer)}
+    names, own = library_names(tree), {"SFT": parameters(training.make_trainer), "DPO": parameters(dpo.make_trainer)}
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         target = resolve(call.func, names, module)
         if target is None or (ast.unparse(call.func) in CALLED and not call.keywords and target == LLAMA):
@@ -137,7 +137,7 @@ def settings(kind: str) -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "trl", SimpleNamespace(SFTConfig=dict, DPOConfig=dict))
         if kind == "SFT":  # the control of notebook 04 hands `dpo.housekeeping` to SFT's
-            return set(recipes.sft_config(recipes.SFTRecipe(), Path("x"), **dpo.housekeeping(dpo.DPORecipe())))
+            return set(training.sft_config(recipes.SFTRecipe(), Path("x"), **dpo.housekeeping(dpo.DPORecipe())))
         return set(dpo.dpo_config(dpo.DPORecipe(), Path("x"))) | set(dpo.dpo_config(dpo.DPORecipe(sft_weight=1.0), Path("x")))
 
 
@@ -234,7 +234,7 @@ WRONG = {
     "from transformers import AutoModelForCausalLM as A\nA.from_pretrained(p, torch_dtype=d)": "dtype took its place",
     "from transformers import AutoModelForCausalLM as A\nA.from_pretrained(p, use_safetensor=True)": "takes no use_safetensor",
     "from trl import DPOConfig\nDPOConfig(betta=1)": "takes no betta",
-    "recipes.make_trainer(recipe, model, tokenizer, savesteps=1)": "trl.SFTConfig takes no savesteps",
+    "training.make_trainer(recipe, model, tokenizer, savesteps=1)": "trl.SFTConfig takes no savesteps",
     "import peft\npeft.LoraConfig(**surprise)": "name it in STARRED",
     "import bitsandbytes as bnb\nbnb.functional.quantize_4bit(w, quant='nf4')": "takes no quant",
     "import bitsandbytes.functional as F\nF.dequantize_4bit(1, 2, 3, 4, 5, 6, 7, 8, 9)": "positional arguments",
@@ -337,5 +337,5 @@ def test_each_model_of_the_menu_has_a_shape_that_transformers_knows(entry):
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_the_configs_are_built_with_the_values_that_the_course_gives(kind, tmp_path):
-    made = recipes.sft_config(recipes.SFTRecipe(), tmp_path) if kind == "SFT" else dpo.dpo_config(dpo.DPORecipe(sft_weight=1.0), tmp_path)
+    made = training.sft_config(recipes.SFTRecipe(), tmp_path) if kind == "SFT" else dpo.dpo_config(dpo.DPORecipe(sft_weight=1.0), tmp_path)
     assert isinstance(made, look_up(f"trl.{kind}Config")) and made.max_length == 256 and made.use_cpu == (device().kind == "cpu")

@@ -81,16 +81,16 @@ def some_adapter(tmp_path_factory):
     import torch
     from peft import get_peft_model
 
-    from helpers import models, recipes, runtime
+    from helpers import adapters, models, recipes, runtime, training
 
     runtime.setup()
     model = get_peft_model(models.load_model(16), recipes.lora_config(recipes.SFTRecipe()))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    folder = recipes.export_adapter(model, tmp_path_factory.mktemp("random") / "adapter")
+    folder = adapters.export_adapter(model, tmp_path_factory.mktemp("random") / "adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "sft_adapter", lambda recipe=None: folder)
+        patch.setattr(training, "sft_adapter", lambda recipe=None: folder)
         yield
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from course import sweeps
-from helpers import ask, baselines, doctor, flights, plots, scoreboard, scoring
+from helpers import ask, baselines, doctor, flights, generation, intervals, plots, scoreboard
 from helpers.runtime import ROOT, CourseError
 
 # ---------------------------------------------------------------- doctor
@@ -55,11 +55,11 @@ def test_doctor_trains_for_real():
 
 
 def test_each_stage_has_its_model_and_prompt(monkeypatch, capsys):
-    monkeypatch.setattr(ask.recipes, "have_adapter", lambda folder: bool(print("from the kit")) or "dpo" in str(folder))
+    monkeypatch.setattr(ask.adapters, "have_adapter", lambda folder: bool(print("from the kit")) or "dpo" in str(folder))
     monkeypatch.setattr(ask.models, "load_tokenizer", lambda: None)
     monkeypatch.setattr(ask.models, "load_model", lambda: "base")
-    monkeypatch.setattr(ask.recipes, "load_adapter", lambda folder: folder)
-    monkeypatch.setattr(ask.recipes, "sft_adapter", lambda: "sft adapter")
+    monkeypatch.setattr(ask.adapters, "load_adapter", lambda folder: folder)
+    monkeypatch.setattr(ask.training, "sft_adapter", lambda: "sft adapter")
     monkeypatch.setattr(ask.dpo, "adapter", lambda: "dpo adapter")
     for stage, model, system in (
         ("base", "base", flights.SCHEMA_PROMPT),
@@ -94,7 +94,7 @@ def asker(monkeypatch):
         "refuse": flights.REFUSAL,
         "null": "SELECT NULL, 'x'",
     }
-    monkeypatch.setattr(scoring, "generate", lambda m, t, chats, **k: [answers[chats[0][-1]["content"]]])
+    monkeypatch.setattr(generation, "generate", lambda m, t, chats, **k: [answers[chats[0][-1]["content"]]])
     one = FakeAsker(answers)
     yield one
     one.close()
@@ -295,8 +295,8 @@ def test_plots_have_labelled_axes():
 
     matplotlib.use("Agg")
     rows = [
-        scoreboard.row("zero-shot", "test", scoring.score(RECORDS), 1),
-        scoreboard.row("sft", "test", scoring.score(RECORDS), 1, source="recorded"),
+        scoreboard.row("zero-shot", "test", intervals.score(RECORDS), 1),
+        scoreboard.row("sft", "test", intervals.score(RECORDS), 1, source="recorded"),
     ]
     points = [{"examples": n, "accuracy": 0.5, "seed": s} for n in (10, 100) for s in (0, 1)]
     figures = [

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from course import preferences, sweeps
-from helpers import dpo, flights, models, recipes, runtime, scoreboard, scoring
+from course import sweeps
+from helpers import adapters, dpo, flights, generation, models, preferences, recipes, runtime, scoreboard, training
 from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT, CourseError
@@ -214,9 +214,9 @@ def test_a_trainer_that_cannot_be_made():
 
 def test_an_adapter_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(
-        CourseError, match=r"^There is no adapter in nothing/: recipes.sft_adapter\(\) and dpo.adapter\(\) train theirs when missing"
+        CourseError, match=r"^There is no adapter in nothing/: training.sft_adapter\(\) and dpo.adapter\(\) train theirs when missing"
     ) as error:
-        recipes.load_adapter(tmp_path / "nothing")
+        adapters.load_adapter(tmp_path / "nothing")
     assert str(tmp_path) not in str(error.value)
 
 
@@ -503,7 +503,7 @@ def test_the_first_margin_is_0_only_because_trls_rounding_is_undone(tmp_path, to
     margins = {}
     for cured in (True, False):
         if not cured:
-            monkeypatch.setattr(recipes, "restore_float32", lambda *args: None)
+            monkeypatch.setattr(training, "restore_float32", lambda *args: None)
         built = dpo.make_trainer(DPORecipe(batch_size=4), with_adapter(4), tokenizer, [*PAIRS, *PAIRS[:2]], tmp_path)
         trained = {n: p for n, p in built.model.named_parameters() if p.requires_grad}
         assert trained and all(".default." in n for n in trained)
@@ -522,8 +522,8 @@ def answered():
     """A 4-bit model that has answered; skipped where bitsandbytes doesn't pack its weights for that (no AVX-512 BF16, or a GPU)."""
     runtime.setup()
     model, tokenizer = models.load_model(4), models.load_tokenizer()
-    recipes.check_unpacked(model)  # a fresh one may be trained
-    scoring.generate(model, tokenizer, [flights.chat("hello")], max_new_tokens=2)
+    training.check_unpacked(model)  # a fresh one may be trained
+    generation.generate(model, tokenizer, [flights.chat("hello")], max_new_tokens=2)
     if not any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
         pytest.skip("nothing is packed on this processor")
     return model
@@ -536,7 +536,7 @@ def test_a_4_bit_model_that_has_answered_is_not_trained(tmp_path, tokenizer, ans
     monkeypatch.setattr(dpo, "PROBE", 2)
     refused = "has answered questions on a CPU and can't be trained any more: load a fresh one and train that"
     with pytest.raises(CourseError, match=refused):
-        recipes.make_trainer(TINY, answered, tokenizer, [{"question": "a", "sql": "b"}], tmp_path)
+        training.make_trainer(TINY, answered, tokenizer, [{"question": "a", "sql": "b"}], tmp_path)
     tuned = get_peft_model(answered, recipes.lora_config(TINY))
     for method in ("dpo", "sft"):
         with pytest.raises(CourseError, match=refused):
@@ -550,7 +550,7 @@ def test_watching_never_packs_the_weights_that_are_to_be_trained(tmp_path, token
     built = dpo.make_trainer(DPORecipe(), with_adapter(4).eval(), tokenizer, PAIRS, tmp_path)
     built.callback_handler.on_train_begin(built.args, built.state, built.control)
     assert built.state.log_history[-1].keys() == {"step", "probe/chosen", "probe/rejected"}
-    recipes.check_unpacked(built.model)
+    training.check_unpacked(built.model)
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +560,7 @@ def started(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_RUNS", str(folder))
         runtime.setup()
-        recipes.sft_adapter(TINY)
+        training.sft_adapter(TINY)
     return folder
 
 
@@ -574,18 +574,18 @@ def test_a_whole_run(tmp_path, started, tokenizer, monkeypatch, capsys, method):
     monkeypatch.setattr(dpo, "PREFERENCES", tmp_path)
     pairs = dpo.load_pairs(ROOT / "data" / "preferences" / "style.jsonl")[:10]
     (tmp_path / "style.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8")
-    recipe, finish, seen = DPORecipe(start=TINY, method=method, learning_rate=2e-3, steps=2, batch_size=2), recipes.finish, types.SimpleNamespace()
+    recipe, finish, seen = DPORecipe(start=TINY, method=method, learning_rate=2e-3, steps=2, batch_size=2), training.finish, types.SimpleNamespace()
 
     def looking(trainer):
         seen.trainer, seen.before = trainer, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         return finish(trainer)
 
-    monkeypatch.setattr(recipes, "finish", looking)
+    monkeypatch.setattr(training, "finish", looking)
     folder = dpo.adapter(recipe)
     assert folder == started / f"dpo-{recipe.key()}" / "adapter" and len(seen.trainer.train_dataset) == 6
 
     # only LoRA's parameters have changed, and the reference hasn't
-    model, start = seen.trainer.model, load_file(recipes.sft_adapter(TINY) / "adapter_model.safetensors")
+    model, start = seen.trainer.model, load_file(training.sft_adapter(TINY) / "adapter_model.safetensors")
     changed = {n for n, p in model.named_parameters() if not p.equal(seen.before[n])}
     assert any("lora_A.default" in n for n in changed) and any("lora_B.default" in n for n in changed)
     assert all("lora_" in n and ".default." in n for n in changed)
@@ -617,7 +617,7 @@ def test_a_whole_run(tmp_path, started, tokenizer, monkeypatch, capsys, method):
     def never(*args, **kwargs):
         raise AssertionError("it was trained again")
 
-    monkeypatch.setattr(recipes, "fit", never)
+    monkeypatch.setattr(training, "fit", never)
     again = dpo.make_trainer(recipe, dpo.start_model(recipe), tokenizer)
     assert finish(again)["history"] == history and "trained before" in capsys.readouterr().out
     assert all(again.model.get_parameter(n.replace(".weight", ".default.weight")).equal(p) for n, p in exported.items())
@@ -631,7 +631,7 @@ def test_sampling_at_a_temperature(model32, tokenizer):
 
     def sample(seed, temperature=2.0):
         torch.manual_seed(seed)
-        return scoring.generate(
+        return generation.generate(
             model32, tokenizer, [flights.chat("How many flights left JFK in July?")] * 8, max_new_tokens=8, temperature=temperature
         )
 

@@ -237,11 +237,11 @@ def test_drive_refused_or_not_there(monkeypatch):
 # ---------------------------------------------------------------- a lost session
 
 RUN = """
-from helpers import models, recipes, runtime
+from helpers import models, recipes, runtime, training
 runtime.setup(seed=0)
 recipe = recipes.SFTRecipe(steps=12, batch_size=2, warmup_steps=1, examples=40)
-trainer = recipes.make_trainer(recipe, models.load_model(recipe.bits), models.load_tokenizer(), save_steps=2, logging_steps=1)
-result = recipes.finish(trainer)
+trainer = training.make_trainer(recipe, models.load_model(recipe.bits), models.load_tokenizer(), save_steps=2, logging_steps=1)
+result = training.finish(trainer)
 print([log["loss"] for log in result["history"] if "loss" in log][-1])
 """
 

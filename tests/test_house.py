@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from course import house
-from helpers import flights, sql
+from helpers import flights, house, sql
 from helpers.sql import Result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data" / "questions"))

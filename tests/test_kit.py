@@ -16,7 +16,7 @@ import zipfile
 import pytest
 
 from course import kit, runner
-from helpers import dpo, flights, models, recipes
+from helpers import adapters, dpo, flights, models, recipes, training
 from helpers.runtime import ROOT, CourseError, runs_dir
 
 SFT, DPO = recipes.SFTRecipe(), dpo.DPORecipe()
@@ -50,12 +50,12 @@ def trained(monkeypatch):
         (recipe.folder() / "adapter").mkdir(parents=True)
         (recipe.folder() / "adapter" / "adapter_config.json").write_bytes(b"trained")
 
-    monkeypatch.setattr(recipes, "finish", finish)
-    for module in (recipes, dpo):
+    monkeypatch.setattr(training, "finish", finish)
+    for module in (training, dpo):
         monkeypatch.setattr(module, "make_trainer", lambda recipe, *_: recipe)
         monkeypatch.setattr(module, "load_tokenizer", lambda: None)
-    monkeypatch.setattr(recipes, "load_model", lambda bits: None)
-    monkeypatch.setattr(recipes, "load_adapter", lambda *_, **__: None)
+    monkeypatch.setattr(training, "load_model", lambda bits: None)
+    monkeypatch.setattr(adapters, "load_adapter", lambda *_, **__: None)
     return order
 
 
@@ -69,7 +69,7 @@ def prepared(monkeypatch):
 # ---------------------------------------------------------------- runs, then the kit, then training
 
 
-@pytest.mark.parametrize(("adapter", "recipe"), [(recipes.sft_adapter, SFT), (dpo.adapter, DPO)], ids=["sft", "dpo"])
+@pytest.mark.parametrize(("adapter", "recipe"), [(training.sft_adapter, SFT), (dpo.adapter, DPO)], ids=["sft", "dpo"])
 def test_an_adapter_is_looked_for_in_runs_then_in_the_kit_then_trained(adapter, recipe, workshop, trained, capsys):
     folder = adapter()
     assert folder == recipe.folder() / "adapter" and not trained
@@ -88,14 +88,14 @@ def test_an_adapter_is_looked_for_in_runs_then_in_the_kit_then_trained(adapter, 
 
 def test_the_kit_is_the_folder_kit_of_the_course_where_no_variable_names_it(workshop, trained, monkeypatch):
     monkeypatch.delenv("COURSE_KIT")
-    monkeypatch.setattr(recipes, "ROOT", workshop.parent)
+    monkeypatch.setattr(adapters, "ROOT", workshop.parent)
     workshop.rename(workshop.parent / "kit")
-    assert recipes.sft_adapter().exists() and not trained
+    assert training.sft_adapter().exists() and not trained
 
 
 def test_another_recipes_adapter_is_not_taken(workshop, trained):
     other = recipes.SFTRecipe(seed=1)
-    recipes.sft_adapter(other)
+    training.sft_adapter(other)
     assert trained == [other]
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_kit_is_refused_and_leaves_nothing(damage, workshop, trained):
     else:
         manifest.write_text('{"files": {}}', encoding="utf-8")
     with pytest.raises(CourseError, match=rf"^The kit's copy of {SFT.folder().name} is damaged: copy the kit again, or remove .*adapters"):
-        recipes.sft_adapter()
+        training.sft_adapter()
     assert [p.name for p in SFT.folder().iterdir()] == ["adapter.lock"] and not trained
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_copy_leaves_nothing(workshop, trained, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", stopped)
     with pytest.raises(KeyboardInterrupt):
-        recipes.sft_adapter()
+        training.sft_adapter()
     assert len(copied) == 2 and [p.name for p in SFT.folder().iterdir()] == ["adapter.lock"]
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import menu, models, recipes
+from helpers import menu, models, recipes, training
 from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError, decide
@@ -79,7 +79,7 @@ def test_the_course_model_never_does(machine):
 
 
 def trainer(folder, **changes):
-    return recipes.make_trainer(TINY, models.load_model(4), models.load_tokenizer(), ROWS, folder, **{"logging_steps": 1, "save_steps": 2} | changes)
+    return training.make_trainer(TINY, models.load_model(4), models.load_tokenizer(), ROWS, folder, **{"logging_steps": 1, "save_steps": 2} | changes)
 
 
 def failing(step, error):
@@ -112,17 +112,17 @@ def test_memory_that_runs_out_is_one_sentence_and_leaves_the_checkpoint(tmp_path
         built = trainer(tmp_path / str(number))
         built.add_callback(failing(3, error))
         with pytest.raises(CourseError, match=says) as told:
-            recipes.fit(built)
+            training.fit(built)
         assert "gradient_checkpointing=True in make_trainer (0." in str(told.value) and "bits=4" not in str(told.value)  # it has 4 bits
-        assert told.value.__context__ is None and recipes.last_checkpoint(tmp_path / str(number)).name == "checkpoint-2"
+        assert told.value.__context__ is None and training.last_checkpoint(tmp_path / str(number)).name == "checkpoint-2"
     built = trainer(tmp_path / "none")
     built.add_callback(failing(1, error))
     with pytest.raises(CourseError, match="^The memory ran out at step 1; there was no checkpoint yet. Restart"):
-        recipes.fit(built)
+        training.fit(built)
     built = trainer(tmp_path / "other")
     built.add_callback(failing(1, RuntimeError("CUDA error: an illegal memory access was encountered")))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        recipes.fit(built)
+        training.fit(built)
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_advice_counts_a_pair_as_two(tmp_path):
         arguments = SimpleNamespace(**vars(args), **more)
         made = SimpleNamespace(args=arguments, model=model, state=nothing, train=train, remove_callback=print, add_callback=lambda _: None)
         with pytest.raises(CourseError) as told:
-            recipes.fit(made)
+            training.fit(made)
         return float(str(told.value).split("a step takes ")[1].split(" GB")[0])
 
     assert said(beta=1.0) > 1.3 * said()
@@ -148,6 +148,6 @@ def test_the_advice_counts_a_pair_as_two(tmp_path):
 @pytest.mark.slow
 def test_checkpointing_trains_the_same_and_in_less_memory(tmp_path):
     """The course's trainer with gradient checkpointing, as a larger model may get it: the same losses."""
-    plain, checkpointed = (recipes.fit(trainer(tmp_path / str(on), gradient_checkpointing=on, save_strategy="no"))["history"] for on in (False, True))
+    plain, checkpointed = (training.fit(trainer(tmp_path / str(on), gradient_checkpointing=on, save_strategy="no"))["history"] for on in (False, True))
     for a, b in zip(plain, checkpointed, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=0.02)

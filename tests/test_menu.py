@@ -10,7 +10,7 @@ import types
 import pytest
 from huggingface_hub import errors
 
-from helpers import menu, models, recipes
+from helpers import hub, menu, models, recipes
 from helpers.runtime import DATA, ROOT, CourseError, Device, decide
 
 PUBLISHED = {  # parameters, from the models' cards and safetensors headers
@@ -119,20 +119,20 @@ class Hub:
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
     def make(**how):
-        hub = Hub(tmp_path, **how)
-        monkeypatch.setattr(menu, "hub", hub)
-        monkeypatch.setattr(menu, "sleep", hub.slept.append)
+        there = Hub(tmp_path, **how)
+        monkeypatch.setattr(hub, "huggingface_hub", there)
+        monkeypatch.setattr(hub, "sleep", there.slept.append)
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        return hub
+        return there
 
     return make
 
 
 def machine(monkeypatch, here, flops=1e12):
     """Another machine's facts and matmul rate, wherever the course asks for them."""
-    for module in (menu, models, recipes):
+    for module in (hub, models, recipes):
         monkeypatch.setattr(module, "device", lambda: here)
-    monkeypatch.setattr(menu, "matmul_rate", lambda: flops)
+    monkeypatch.setattr(hub, "matmul_rate", lambda: flops)
 
 
 T4 = decide("cuda", "Tesla T4", 15.8, (7, 5))
@@ -169,46 +169,46 @@ def test_what_the_hub_refuses_is_one_sentence(stand_in, monkeypatch, when, error
     stand_in(**{when: error})
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with pytest.raises(CourseError, match=f"^{says}") as refusal:
-        menu.fetch(LLAMA)
+        hub.fetch(LLAMA)
     assert "hf_secret" not in str(refusal.value) and refusal.value.__cause__ is None
 
 
 def test_a_gated_model_without_a_token_asks_nothing_of_the_hub(stand_in):
-    hub = stand_in()
+    there = stand_in()
     with pytest.raises(
         CourseError, match="^Llama-3-8B-Instruct is gated: accept the Llama 3 community licence at https://.*then set HF_TOKEN to a read token"
     ):
-        menu.fetch(LLAMA)
-    assert hub.asked == []
+        hub.fetch(LLAMA)
+    assert there.asked == []
 
 
 @pytest.mark.parametrize("when", ["fails", "fails_midway"])
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_hub_is_asked_four_times(stand_in, capsys, when, status):
-    hub = stand_in(**{when: refused(errors.HfHubHTTPError, status)})
+    there = stand_in(**{when: refused(errors.HfHubHTTPError, status)})
     with pytest.raises(CourseError, match=f"^The Hub answered HTTP {status} for Mistral-7B-Instruct-v0.3: .* wait a minute and run again"):
-        menu.fetch(MISTRAL)
-    assert hub.slept == [5, 15, 45] and hub.tries == 4
+        hub.fetch(MISTRAL)
+    assert there.slept == [5, 15, 45] and there.tries == 4
     lines = [f"The Hub is busy (HTTP {status}): trying again in {seconds} s." for seconds in (5, 15, 45)]
     assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Downloading")] == lines
 
 
 def test_a_busy_hub_that_recovers_and_says_when(stand_in, capsys):
     busy = [refused(errors.HfHubHTTPError, 429, Retry_After=after) for after in ("7", "600", "Wed, 21 Oct 2026 07:28:00 GMT")]
-    hub = stand_in(fails=busy)
-    assert menu.fetch(MISTRAL) == hub.source and hub.slept == [7, 60, 45]
+    there = stand_in(fails=busy)
+    assert hub.fetch(MISTRAL) == there.source and there.slept == [7, 60, 45]
     masked = errors.LocalEntryNotFoundError("as snapshot_download says it")
     masked.__cause__ = refused(errors.HfHubHTTPError, 503)
-    hub = stand_in(fails=[masked])
-    assert menu.fetch(MISTRAL) == hub.source and hub.slept == [5]
+    there = stand_in(fails=[masked])
+    assert hub.fetch(MISTRAL) == there.source and there.slept == [5]
 
 
 @pytest.mark.parametrize("error", [refused(errors.HfHubHTTPError, 404), refused(errors.GatedRepoError), ConnectError("no host")], ids=str)
 def test_what_will_not_pass_is_asked_once(stand_in, error):
-    hub = stand_in(fails=error)
+    there = stand_in(fails=error)
     with pytest.raises(CourseError):
-        menu.fetch(MISTRAL)
-    assert hub.slept == [] and hub.tries == 1
+        hub.fetch(MISTRAL)
+    assert there.slept == [] and there.tries == 1
 
 
 # ---------------------------------------------------------------- the token
@@ -246,32 +246,32 @@ def colab(monkeypatch):
 
 
 def test_the_tokens_order(stand_in, monkeypatch, colab, capsys):
-    hub = stand_in()
-    assert menu.token() is None
-    hub.get_token = lambda: "hf_stored"
-    assert menu.token() == "hf_stored"
-    hub.get_token = lambda: pytest.fail("it would ask Colab for the secret again")
+    there = stand_in()
+    assert hub.token() is None
+    there.get_token = lambda: "hf_stored"
+    assert hub.token() == "hf_stored"
+    there.get_token = lambda: pytest.fail("it would ask Colab for the secret again")
     colab(" hf_secret\n")
-    assert menu.token() == "hf_secret"
+    assert hub.token() == "hf_secret"
     monkeypatch.setenv("HF_TOKEN", "hf_environment ")
     colab(AssertionError("asked although the environment has one"))
-    assert menu.token() == "hf_environment"
+    assert hub.token() == "hf_environment"
     monkeypatch.setenv("HF_TOKEN", " ")
     colab("")
-    assert menu.token() is None and capsys.readouterr().out == ""
+    assert hub.token() is None and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("kind", [SecretNotFoundError, NotebookAccessError, TimeoutException, AttributeError])
 def test_colab_that_gives_no_secret_is_one_sentence(stand_in, colab, capsys, kind):
-    hub = stand_in()
-    hub.get_token = lambda: pytest.fail("it would ask Colab for the secret again")
+    there = stand_in()
+    there.get_token = lambda: pytest.fail("it would ask Colab for the secret again")
     colab(kind("hf_secret"))
-    assert menu.token() is None
+    assert hub.token() is None
     shown = capsys.readouterr().out
     assert shown == f"No token ({kind.__name__}): to use one, grant this notebook access to the secret HF_TOKEN (key symbol on the left).\n"
-    assert menu.fetch(MISTRAL) == hub.source and hub.asked[-1][2] is False  # False: huggingface_hub looks for no other
+    assert hub.fetch(MISTRAL) == there.source and there.asked[-1][2] is False  # False: huggingface_hub looks for no other
     with pytest.raises(CourseError, match="^Llama-3-8B-Instruct is gated"):
-        menu.fetch(LLAMA)
+        hub.fetch(LLAMA)
 
 
 def test_the_real_librarys_order_off_colab(monkeypatch, tmp_path):
@@ -281,9 +281,9 @@ def test_the_real_librarys_order_off_colab(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "tokens"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert menu.token() == "hf_stored"
+    assert hub.token() == "hf_stored"
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
-    assert menu.token() == "hf_environment"
+    assert hub.token() == "hf_environment"
 
 
 # ---------------------------------------------------------------- what is said before a download
@@ -296,22 +296,22 @@ def test_an_estimate_in_full(monkeypatch):
         "Estimates for this machine's 15.8 GB: 14.6 GB (fits) at 16 bits, 4.7 GB (fits) at 4; "
         "6.1 GB (fits) to train at 4 bits with gradient checkpointing, about 28 minutes for 440 steps."
     )
-    assert menu.estimate(MISTRAL) == shown  # 6 * 7.248e9 * 440 * 8 * 67 / (0.3 * 20e12) = 1709 s
+    assert hub.estimate(MISTRAL) == shown  # 6 * 7.248e9 * 440 * 8 * 67 / (0.3 * 20e12) = 1709 s
     machine(monkeypatch, decide("cpu", "", 4.0, speedup=1.0), flops=1e11)
     shown = (
         "Estimates for this machine's 4.0 GB: 29.2 GB (does not fit) at 16 bits, 5.5 GB (does not fit) at 4; "
         "7.8 GB (does not fit) to train at 4 bits with gradient checkpointing, about 5,698 minutes for 440 steps."
     )
-    assert menu.estimate(MISTRAL) == shown
+    assert hub.estimate(MISTRAL) == shown
     machine(monkeypatch, decide("cpu", "", 16.0, speedup=3.0), flops=1.46e12)
-    assert menu.estimate(SMALL).endswith("(fits) to train at 4 bits, about 13 minutes for 440 steps.")
+    assert hub.estimate(SMALL).endswith("(fits) to train at 4 bits, about 13 minutes for 440 steps.")
 
 
 def test_the_share_of_the_matmul_rate_is_the_courses_own_run():
     """135M, 440 steps, 306 s on a CPU with 1.46 TFLOP/s."""
     from helpers import budget
 
-    seconds = budget.training_seconds(PUBLISHED["SmolLM2-135M-Instruct"], 440 * 8 * menu.ROW_TOKENS, menu.SHARE * 1.46e12)
+    seconds = budget.training_seconds(PUBLISHED["SmolLM2-135M-Instruct"], 440 * 8 * hub.ROW_TOKENS, hub.SHARE * 1.46e12)
     assert seconds == pytest.approx(306, rel=0.1)
 
 
@@ -323,42 +323,42 @@ def test_the_mean_tokens_of_a_training_example(tokenizer):
     chats = tokenizer.apply_chat_template([row["prompt"] + row["completion"] for row in examples], return_dict=True)["input_ids"]
     lengths = sorted(map(len, chats))
     padded = [8 * -(-max(lengths[i : i + 8]) // 8) for i in range(0, len(lengths), 8)]
-    assert sum(padded) / len(padded) == pytest.approx(menu.ROW_TOKENS, abs=1)
+    assert sum(padded) / len(padded) == pytest.approx(hub.ROW_TOKENS, abs=1)
 
 
 def test_the_matmul_rate_is_measured():
     start = time.perf_counter()
-    rate = menu.matmul_rate()
+    rate = hub.matmul_rate()
     assert 1e9 < rate < 1e16 and time.perf_counter() - start < 5
-    assert menu.matmul_rate(64, 64) != rate
+    assert hub.matmul_rate(64, 64) != rate
 
 
 def test_a_download_says_what_it_is_first_and_a_whole_cache_says_nothing(stand_in, capsys, monkeypatch):
     machine(monkeypatch, T4, flops=20e12)
-    hub = stand_in()
-    hub.get_token = lambda: "hf_stored"
-    assert models.model_path.__wrapped__(MISTRAL.name) == hub.source
-    shown = f"Downloading Mistral-7B-Instruct-v0.3 (Apache-2.0), 14.5 GB, once. {menu.estimate(MISTRAL)}\n"
+    there = stand_in()
+    there.get_token = lambda: "hf_stored"
+    assert models.model_path.__wrapped__(MISTRAL.name) == there.source
+    shown = f"Downloading Mistral-7B-Instruct-v0.3 (Apache-2.0), 14.5 GB, once. {hub.estimate(MISTRAL)}\n"
     assert capsys.readouterr().out == shown
-    repo, revision, token, patterns = hub.asked[-1]
+    repo, revision, token, patterns = there.asked[-1]
     assert (repo, revision, token) == (MISTRAL.repo, MISTRAL.revision, "hf_stored")
     import fnmatch
 
     wanted = {"config.json", "model-00001-of-00003.safetensors", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"}
-    there = wanted | {"consolidated.safetensors", "pytorch_model.bin", "gemma-7b-it.gguf", "modeling_x.py", "original/consolidated.00.pth"}
-    assert {file for file in there if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)} == wanted
+    listed = wanted | {"consolidated.safetensors", "pytorch_model.bin", "gemma-7b-it.gguf", "modeling_x.py", "original/consolidated.00.pth"}
+    assert {file for file in listed if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)} == wanted
 
-    cache = hub.source.parent / "hub"
+    cache = there.source.parent / "hub"
     cache.mkdir()
     for file in ("config.json", "tokenizer.json", "a.safetensors"):
         (cache / file).touch()
     (cache / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}', encoding="utf-8")
-    hub.fails = ConnectError("no host")
+    there.fails = ConnectError("no host")
     with pytest.raises(CourseError, match="Could not fetch"):  # one shard is missing still
-        menu.fetch(MISTRAL)
+        hub.fetch(MISTRAL)
     (cache / "b.safetensors").touch()
-    assert menu.fetch(MISTRAL) == cache and capsys.readouterr().out == ""  # offline, ungated or not
-    assert menu.fetch(LLAMA) == cache
+    assert hub.fetch(MISTRAL) == cache and capsys.readouterr().out == ""  # offline, ungated or not
+    assert hub.fetch(LLAMA) == cache
 
 
 def test_a_model_of_the_menu_loads_from_the_hubs_folder(stand_in, monkeypatch, tmp_path):
@@ -366,7 +366,7 @@ def test_a_model_of_the_menu_loads_from_the_hubs_folder(stand_in, monkeypatch, t
     import torch
     from transformers import AutoModelForCausalLM
 
-    hub, cache = stand_in(), tmp_path / "hub"
+    there, cache = stand_in(), tmp_path / "hub"
     tiny = menu._entry("x/tiny", "unpinned", *"llama 64 64 1 2 1 32 49152 tied".split())
     monkeypatch.setitem(menu.MENU, "tiny", tiny)
     monkeypatch.setattr(models, "device", lambda: Device("cpu", "", torch.float32, "", 8.0))
@@ -379,7 +379,7 @@ def test_a_model_of_the_menu_loads_from_the_hubs_folder(stand_in, monkeypatch, t
     model = models.load_model(name="tiny")
     assert model.num_parameters() == tiny.parameters and model.generation_config.pad_token_id == 2 and not model.training
     loaded = models.load_tokenizer("tiny")
-    assert loaded.pad_token == loaded.eos_token and loaded.padding_side == "left" and hub.asked == []
+    assert loaded.pad_token == loaded.eos_token and loaded.padding_side == "left" and there.asked == []
 
 
 def tiny_of(kind, monkeypatch, cache, poison=False):
@@ -427,14 +427,14 @@ def test_original_weight_comes_from_the_pinned_revision(stand_in):
     import torch
     from safetensors.torch import save_file
 
-    hub = stand_in()
-    hub.source.mkdir()
+    there = stand_in()
+    there.source.mkdir()
     name = "model.layers.15.mlp.down_proj.weight"
-    save_file({name: torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)}, hub.source / "model.safetensors")
+    save_file({name: torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)}, there.source / "model.safetensors")
     weight = models.original_weight()
     assert weight.dtype == torch.bfloat16 and weight.tolist() == [[0, 1, 2], [3, 4, 5]]
     repo = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert hub.asked[-1] == (repo, "model.safetensors", "12fd25f77366fa6b3b4b768ec3050bf629380bac", False)
+    assert there.asked[-1] == (repo, "model.safetensors", "12fd25f77366fa6b3b4b768ec3050bf629380bac", False)
     with pytest.raises(CourseError, match="The model has no tensor 'nope': take a name from"):
         models.original_weight("nope")
 
@@ -447,11 +447,11 @@ def test_original_weight_is_none_without_a_network(stand_in, when, error):
 
 
 def test_a_silent_network_is_given_up(stand_in, monkeypatch):
-    hub = stand_in()
-    hub.get_hf_file_metadata = lambda *a, **k: time.sleep(2)
+    there = stand_in()
+    there.get_hf_file_metadata = lambda *a, **k: time.sleep(2)
     start = time.perf_counter()
     with pytest.raises(TimeoutError):
-        menu._reach(SMALL, "config.json", None, seconds=0.1)
+        hub._reach(SMALL, "config.json", None, seconds=0.1)
     assert time.perf_counter() - start < 1
 
 
@@ -468,7 +468,7 @@ def test_the_real_hub_library_offline(monkeypatch, tmp_path):
         start = time.perf_counter()
         assert models.original_weight() is None
         with pytest.raises(CourseError, match="Could not fetch Llama-3-8B-Instruct from the Hub .*: is there a network?"):
-            menu.fetch(LLAMA)
+            hub.fetch(LLAMA)
         assert time.perf_counter() - start < 20
 
 
@@ -522,12 +522,12 @@ def test_the_real_hub_library_against_a_local_server(local_hub, tmp_path):
     save_file({"w": torch.ones(2, 3, dtype=torch.bfloat16)}, served / "model.safetensors")
     code = """
 import json, sys
-from helpers import menu, models
-menu.sleep = lambda seconds: None
+from helpers import hub, menu, models
+hub.sleep = lambda seconds: None
 says = [models.original_weight("w").tolist(), models.original_weight("w").tolist()]
 for name in sys.argv[1:]:
     try:
-        menu.fetch(menu.MENU[name])
+        hub.fetch(menu.MENU[name])
     except models.CourseError as error:
         says.append(str(error))
 print(json.dumps(says))

@@ -129,10 +129,10 @@ def test_loading_at_each_precision(bits, megabytes):
 
 @pytest.mark.slow
 def test_eight_bits_answers_without_a_warning(capfd):
-    from helpers import flights, scoring
+    from helpers import flights, generation
 
     model = models.load_model(8)
-    answer = scoring.generate(model, models.load_tokenizer(), [flights.chat("hello")], max_new_tokens=4)[0]
+    answer = generation.generate(model, models.load_tokenizer(), [flights.chat("hello")], max_new_tokens=4)[0]
     assert answer and "warn" not in capfd.readouterr().err.lower()
 
 

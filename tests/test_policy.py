@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import dpo, models, recipes, runtime
+from helpers import dpo, models, recipes, runtime, training
 from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError
@@ -22,6 +22,7 @@ T4 = ("cuda", "Tesla T4", 15.8, (7, 5))
 TABLE = {  # kind, name, memory, capability, speedup: dtype, attention, optimizer, bf16, fp16, use_cpu, pinned memory, the course's loss
     ("cpu", "fast at bfloat16", 16.0, None, 3.0): ("bfloat16", "eager", "adamw_torch_fused", True, False, True, False, True),
     ("cpu", "slow at bfloat16", 16.0, None, 1.2): ("float32", "eager", "adamw_torch_fused", False, False, True, False, True),
+    ("cpu", "emulates bfloat16", 16.0, None, 0.014): ("float32", "eager", "adamw_torch_fused", False, False, True, False, True),
     ("cuda", "Tesla V100", 16.9, (7, 0), None): ("float16", "sdpa", "adamw_torch", False, True, False, True, False),
     (*T4, None): ("float16", "sdpa", "adamw_torch", False, True, False, True, False),
     ("cuda", "NVIDIA A100", 42.4, (8, 0), None): ("bfloat16", "sdpa", "adamw_torch_fused", True, False, False, True, False),
@@ -43,6 +44,9 @@ def test_what_each_machine_gets(facts):
 def test_each_decision_says_why():
     says = {facts[1]: runtime.decide(*facts).why for facts in TABLE}
     assert says["fast at bfloat16"] == "a bfloat16 matmul runs at 3.0 times float32's speed on this processor"
+    assert says["Apple M2"] == "a bfloat16 matmul runs at 0.9 times float32's speed on this processor"
+    assert says["emulates bfloat16"] == "a bfloat16 matmul is more than ten times slower than a float32 one on this processor"
+    assert runtime.decide("cpu", "", 16.0, speedup=0.25).why == "a bfloat16 matmul is 4.0 times slower than a float32 one on this processor"
     assert says["Tesla T4"] == says["Tesla V100"] == "this GPU has no bfloat16 units, so float16"
     assert says["NVIDIA A100"] == "this GPU has bfloat16 units"
 
@@ -130,10 +134,10 @@ def test_a_float16_runs_scaler_starts_low():
     import torch
 
     accelerator = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
-    recipes.start_scaler_low(SimpleNamespace(accelerator=accelerator))
+    training.start_scaler_low(SimpleNamespace(accelerator=accelerator))
     assert accelerator.scaler.get_scale() == 1024.0
     accelerator.scaler = None
-    recipes.start_scaler_low(SimpleNamespace(accelerator=accelerator))
+    training.start_scaler_low(SimpleNamespace(accelerator=accelerator))
     assert accelerator.scaler is None  # bfloat16 needs none
 
 
@@ -168,7 +172,7 @@ def simulated_t4(monkeypatch, **changes):
 def test_the_configs_say_what_was_decided(tmp_path, monkeypatch, method, machine):
     facts = {facts[1]: facts for facts in TABLE}.get(machine)
     where = place(monkeypatch, runtime.decide(*facts)) if facts else simulated_t4(monkeypatch)
-    args = recipes.sft_config(TINY, tmp_path) if method == "sft" else dpo.dpo_config(DPORecipe(), tmp_path)
+    args = training.sft_config(TINY, tmp_path) if method == "sft" else dpo.dpo_config(DPORecipe(), tmp_path)
     assert {name: getattr(args, name) for name in where.flags} == where.flags and args.optim == where.optimizer
 
 
@@ -226,9 +230,9 @@ def build(method: str, folder, **changes):
     model, tokenizer, quiet = models.load_model(4), models.load_tokenizer(), {"logging_steps": 1, "save_strategy": "no"}
     torch.manual_seed(0)
     if method == "sft":
-        trainer = recipes.make_trainer(TINY, model, tokenizer, ROWS, folder, **quiet | changes)
+        trainer = training.make_trainer(TINY, model, tokenizer, ROWS, folder, **quiet | changes)
     else:
-        model = get_peft_model(model, recipes.lora_config(TINY)).train()  # before any answer: see recipes.check_unpacked
+        model = get_peft_model(model, recipes.lora_config(TINY)).train()  # before any answer: see training.check_unpacked
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -259,7 +263,7 @@ def test_a_simulated_t4_trains_in_float16(tmp_path, t4, method):
     for module in trainer.model.modules():
         module.register_forward_hook(lambda module, inputs, output: outputs.add(getattr(output, "dtype", None)))
     assert bfloat16_left(trainer) == []
-    history = [h for h in recipes.fit(trainer, resume=False)["history"] if "loss" in h]
+    history = [h for h in training.fit(trainer, resume=False)["history"] if "loss" in h]
     assert bfloat16_left(trainer) == [] and torch.bfloat16 not in outputs and torch.float16 in outputs
 
     after = dict(trainer.model.named_parameters())
@@ -287,21 +291,21 @@ def test_without_the_cure_a_simulated_t4_fails(tmp_path, t4, monkeypatch, method
     """TRL's cast, the failure that it leads to, and the cure: dtypes and values."""
     import torch
 
-    cure = recipes.restore_float32
-    monkeypatch.setattr(recipes, "restore_float32", lambda *args: None)
+    cure = training.restore_float32
+    monkeypatch.setattr(training, "restore_float32", lambda *args: None)
     trainer = build(method, tmp_path)
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     left = bfloat16_left(trainer)
     assert left, "TRL no longer casts: restore_float32 can go"
     assert set(left) == set(trained)
     with pytest.raises(NotImplementedError, match="unscale_cuda.* not implemented for 'BFloat16'"):
-        recipes.fit(trainer, resume=False)
+        training.fit(trainer, resume=False)
     trainer.model.zero_grad()
     values = {n: torch.randn(p.shape) for n, p in trained.items()}
     cure(trainer.model, values)
     assert bfloat16_left(trainer) == []
     assert all(p.dtype == torch.float32 and p.equal(values[n]) for n, p in trained.items())
-    assert all(v.equal(values[n]) for n, v in recipes.trainable_state(trainer.model).items())
+    assert all(v.equal(values[n]) for n, v in training.trainable_state(trainer.model).items())
 
 
 @pytest.mark.slow

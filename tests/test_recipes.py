@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers import flights, models, recipes
+from helpers import adapters, flights, models, recipes, training
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT, CourseError
 
@@ -16,7 +16,7 @@ ROWS = [{"question": f"how many flights left in month {m}", "sql": f"SELECT COUN
 
 
 def trainer(folder, recipe=TINY, bits=4, **changes):
-    return recipes.make_trainer(
+    return training.make_trainer(
         recipe, models.load_model(bits), models.load_tokenizer(), ROWS, folder, **{"logging_steps": 1, "save_steps": 2} | changes
     )
 
@@ -59,12 +59,12 @@ def test_training_rows_by_examples_and_by_phrasings():
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):
-    assert recipes.last_checkpoint(tmp_path) is None
+    assert training.last_checkpoint(tmp_path) is None
     for step, files in {2: ("trainer_state.json", "optimizer.pt"), 10: ("optimizer.pt",), 4: ("trainer_state.json", "optimizer.pt")}.items():
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in files:
             (tmp_path / f"checkpoint-{step}" / name).touch()
-    assert recipes.last_checkpoint(tmp_path).name == "checkpoint-4"
+    assert training.last_checkpoint(tmp_path).name == "checkpoint-4"
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,17 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
 def test_a_recipe_that_cannot_be(change, says):
     recipe = dataclasses.replace(TINY, **change)
     with pytest.raises(CourseError, match=says):
-        recipes.base_model(recipe) if recipe.method == "full" else recipes.peft_config(recipe)
+        training.base_model(recipe) if recipe.method == "full" else recipes.peft_config(recipe)
 
 
 def test_target_modules_that_match_nothing():
     import torch
 
     model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2), "lm_head": torch.nn.Linear(2, 2), "act": torch.nn.ReLU()})
-    recipes.check_targets(dataclasses.replace(TINY, target_modules=("q_proj",)), model)
+    training.check_targets(dataclasses.replace(TINY, target_modules=("q_proj",)), model)
     for wrong in ("query", ("q_proj", "query"), "lm_head"):
         with pytest.raises(CourseError, match=r"is called (query|lm_head): target_modules can name q_proj, or be 'all-linear'"):
-            recipes.check_targets(dataclasses.replace(TINY, target_modules=wrong), model)
+            training.check_targets(dataclasses.replace(TINY, target_modules=wrong), model)
 
 
 def test_one_flag_each_for_rslora_and_dora():
@@ -103,13 +103,13 @@ def test_one_flag_each_for_rslora_and_dora():
 @pytest.mark.parametrize(("method", "count"), [("ia3", 57_600), ("prompt", 9_216), ("full", 134_515_008), ("lora", 4_884_480)])
 def test_every_method_trains_what_it_should_in_float32_and_nothing_else(tmp_path, method, count):
     recipe = dataclasses.replace(TINY, method=method, bits=16, steps=2, learning_rate=1e-3)
-    built = recipes.make_trainer(recipe, recipes.base_model(recipe), models.load_tokenizer(), ROWS, tmp_path, save_strategy="no")
-    learnt = recipes.trainable_state(built.model)
+    built = training.make_trainer(recipe, training.base_model(recipe), models.load_tokenizer(), ROWS, tmp_path, save_strategy="no")
+    learnt = training.trainable_state(built.model)
     frozen = {n: p.detach().clone() for n, p in built.model.named_parameters() if not p.requires_grad}
     assert sum(p.numel() for p in learnt.values()) == count
     assert {p.dtype.itemsize for p in built.model.parameters() if p.requires_grad} == {4}
-    recipes.fit(built, resume=False)
-    assert any(not p.equal(learnt[n]) for n, p in recipes.trainable_state(built.model).items())
+    training.fit(built, resume=False)
+    assert any(not p.equal(learnt[n]) for n, p in training.trainable_state(built.model).items())
     assert all(p.equal(frozen[n]) for n, p in built.model.named_parameters() if n in frozen)
 
 
@@ -119,7 +119,7 @@ def test_merging_into_quantized_weights_is_refused_and_into_16_bits_it_changes_n
     from peft import get_peft_model
 
     with pytest.raises(CourseError, match="round the adapter away in part: load the base with bits=16"):
-        recipes.merge(get_peft_model(models.load_model(4), recipes.lora_config(TINY)))
+        adapters.merge(get_peft_model(models.load_model(4), recipes.lora_config(TINY)))
     model = get_peft_model(models.load_model(16, torch.float32), recipes.lora_config(TINY)).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -129,7 +129,7 @@ def test_merging_into_quantized_weights_is_refused_and_into_16_bits_it_changes_n
         on = model(ids).logits
         with model.disable_adapter():
             assert (model(ids).logits - on).abs().max() > 0.1
-        torch.testing.assert_close(recipes.merge(model)(ids).logits, on, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(adapters.merge(model)(ids).logits, on, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -140,8 +140,8 @@ def test_an_adapter_that_goes_on_keeps_its_values(tmp_path):
 
     model = get_peft_model(models.load_model(4), recipes.lora_config(TINY))
     before = {n: torch.nn.init.normal_(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    built = recipes.make_trainer(TINY, model, models.load_tokenizer(), ROWS, tmp_path)
-    assert all(p.equal(before[n]) for n, p in recipes.trainable_state(built.model).items())
+    built = training.make_trainer(TINY, model, models.load_tokenizer(), ROWS, tmp_path)
+    assert all(p.equal(before[n]) for n, p in training.trainable_state(built.model).items())
 
 
 @pytest.mark.slow
@@ -152,9 +152,9 @@ def test_our_cpu_loss_is_trls_loss(tmp_path, method):
     from trl import SFTTrainer
 
     results = []
-    for kind in (SFTTrainer, recipes.cpu_trainer_class()):
+    for kind in (SFTTrainer, training.cpu_trainer_class()):
         torch.manual_seed(0)
-        args = recipes.sft_config(TINY, tmp_path, bf16=False, fp16=False)
+        args = training.sft_config(TINY, tmp_path, bf16=False, fp16=False)
         built = kind(
             model=models.load_model(16, torch.float32), args=args, train_dataset=recipes.training_set(ROWS),
             processing_class=models.load_tokenizer(), peft_config=recipes.peft_config(dataclasses.replace(TINY, method=method)),
@@ -179,12 +179,12 @@ def test_the_mask_covers_the_answer_and_the_end_of_turn_only(tmp_path):
 
 @pytest.mark.slow
 def test_interrupt_keeps_the_checkpoint_and_resume_reaches_the_same_loss(tmp_path):
-    whole = recipes.fit(trainer(tmp_path / "whole"))["history"]
+    whole = training.fit(trainer(tmp_path / "whole"))["history"]
     stopped = trainer(tmp_path / "stopped")
     stopped.add_callback(interrupt_at(3))
     with pytest.raises(CourseError, match="interrupted at step 3; the checkpoint of step 2 is kept. Run the same cell again"):
-        recipes.fit(stopped)
-    resumed = recipes.fit(trainer(tmp_path / "stopped"))["history"]
+        training.fit(stopped)
+    resumed = training.fit(trainer(tmp_path / "stopped"))["history"]
     assert [h["step"] for h in resumed] == [h["step"] for h in whole] == [1, 2, 3, 4]
     for a, b in zip(resumed, whole, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=0.02)  # the stated tolerance
@@ -196,7 +196,7 @@ def test_interrupt_before_the_first_checkpoint_says_so(tmp_path):
     stopped = trainer(tmp_path)
     stopped.add_callback(interrupt_at(1))
     with pytest.raises(CourseError, match="there was no checkpoint yet"):
-        recipes.fit(stopped)
+        training.fit(stopped)
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_kill_minus_nine_in_training_resumes(tmp_path):
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-from helpers import recipes, runtime
+from helpers import adapters, recipes, runtime, training
 runtime.setup()
 from test_recipes import trainer
 from transformers import TrainerCallback
@@ -215,7 +215,7 @@ class Say(TrainerCallback):
             import time; time.sleep(120)
 one = trainer(Path({str(tmp_path)!r}))
 one.add_callback(Say())
-print("loss", recipes.fit(one)["history"][-1])
+print("loss", training.fit(one)["history"][-1])
 """
     process = subprocess.Popen([sys.executable, "-c", code, "hang"], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -236,14 +236,14 @@ def test_export_has_no_pickle_and_no_path_and_reloads_to_the_same_answers(tmp_pa
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     built = trainer(tmp_path / "run", save_strategy="no")
-    recipes.fit(built)
-    folder = recipes.export_adapter(built.model, tmp_path / "adapter")
+    training.fit(built)
+    folder = adapters.export_adapter(built.model, tmp_path / "adapter")
     assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
     assert "/" not in (folder / "adapter_config.json").read_text(encoding="utf-8")
     # in float32, so that nothing depends on rounding: the reloaded adapter against the trained tensors put on a twin
-    again = recipes.load_adapter(folder, bits=16, dtype=torch.float32)
+    again = adapters.load_adapter(folder, bits=16, dtype=torch.float32)
     trained, loaded = (get_peft_model_state_dict(m, save_embedding_layers=False) for m in (built.model, again))
     assert trained.keys() == loaded.keys() and all(torch.equal(loaded[k], v) for k, v in trained.items())
     twin = get_peft_model(models.load_model(16, torch.float32), recipes.lora_config(TINY)).eval()
@@ -259,9 +259,9 @@ def test_export_has_no_pickle_and_no_path_and_reloads_to_the_same_answers(tmp_pa
 @pytest.mark.slow
 def test_a_finished_recipe_is_not_trained_again(tmp_path, capsys):
     built = trainer(tmp_path)
-    first = recipes.finish(built)
+    first = training.finish(built)
     again = trainer(tmp_path)
-    assert recipes.finish(again)["seconds"] == first["seconds"]
+    assert training.finish(again)["seconds"] == first["seconds"]
     assert "trained before" in capsys.readouterr().out
-    for a, b in zip(recipes.trainable_state(built.model).values(), recipes.trainable_state(again.model).values(), strict=True):
+    for a, b in zip(training.trainable_state(built.model).values(), training.trainable_state(again.model).values(), strict=True):
         assert a.equal(b)

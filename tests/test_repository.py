@@ -186,7 +186,7 @@ def test_a_failing_cell_is_named_and_the_rest_kept(tmp_path, monkeypatch):
 
 def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monkeypatch, capsys):
     """The order and the bookkeeping of make course, with answers from the references in place of a trained model's."""
-    from helpers import dpo, models, recipes, scoreboard, scoring
+    from helpers import adapters, dpo, generation, models, recipes, scoreboard, training
 
     executed, asked = [], []
 
@@ -195,22 +195,22 @@ def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monk
         return [q["sql"] for q in questions], 1.0
 
     monkeypatch.setattr(runner, "execute", lambda name, target: executed.append(name))
-    monkeypatch.setattr(recipes, "load_adapter", lambda folder: None)
+    monkeypatch.setattr(adapters, "load_adapter", lambda folder: None)
     monkeypatch.setattr(models, "load_tokenizer", lambda: None)
-    monkeypatch.setattr(scoring, "ask", ask)
+    monkeypatch.setattr(generation, "ask", ask)
     scoreboard.record("sft", "test", [{"id": "1", "correct": False}], 1.0)  # of an adapter that is gone: stale
-    adapters = [recipe.folder() / "adapter" for recipe in (recipes.SFTRecipe(), dpo.DPORecipe())]
-    monkeypatch.setattr(recipes, "sft_adapter", lambda recipe: adapters[0])
-    monkeypatch.setattr(dpo, "adapter", lambda recipe: adapters[1])
+    folders = [recipe.folder() / "adapter" for recipe in (recipes.SFTRecipe(), dpo.DPORecipe())]
+    monkeypatch.setattr(training, "sft_adapter", lambda recipe: folders[0])
+    monkeypatch.setattr(dpo, "adapter", lambda recipe: folders[1])
     runner.run(fresh=False)
     assert executed == list(runner.CORE) and asked == [382, 69] * 2
     live = {(r["stage"], r["split"]): r["correct"] for r in scoreboard.rows() if r["source"] == "live"}
     assert live == {(stage, split): n for stage in ("sft", "dpo") for split, n in (("test", 382), ("freeform", 69))}
     assert {r["stage"] for r in scoreboard.rows() if r["source"] == "recorded"} == set(scoreboard.STAGES)
     assert (runner.runs_dir() / "scoreboard.png").exists() and "minutes in all" in capsys.readouterr().out
-    for adapter in adapters:
-        adapter.mkdir(parents=True)
-        (adapter / "adapter_config.json").touch()
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").touch()
     runner.run(fresh=False)
     assert asked == [382, 69] * 2  # the adapters are there: their exams aren't sat again
 

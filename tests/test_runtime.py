@@ -98,6 +98,23 @@ def test_a_cpu_slow_at_bfloat16_computes_in_float32(monkeypatch, ratio, dtype):
     assert (chosen.kind, chosen.dtype_name) == ("cpu", dtype) and f"{ratio:.1f} times" in chosen.why
 
 
+def test_an_emulated_bfloat16_is_told_by_one_small_matmul(monkeypatch):
+    def times(slow):  # seconds of a matmul, by the number of its multiplications; `slow`: bfloat16's against float32's
+        def repeat(matmul, number, repeat):
+            rows, width = matmul.__closure__[0].cell_contents.shape
+            dtype = str(matmul.__closure__[0].cell_contents.dtype)
+            asked.append((rows, width, dtype))
+            return [rows * width**2 * (slow if dtype == "torch.bfloat16" else 1)] * repeat
+
+        return repeat
+
+    small, large = [(64, 512, "torch.float32"), (64, 512, "torch.bfloat16")], [(512, 1024, "torch.float32"), (512, 1024, "torch.bfloat16")]
+    for slow, expected, sizes in ((100, 0.01, small), (2, 0.5, small + large), (0.25, 4.0, small + large)):
+        asked = []
+        monkeypatch.setattr(runtime.timeit, "repeat", times(slow))
+        assert (runtime.bfloat16_speedup(), asked) == (expected, sizes)
+
+
 def test_seeds_repeat():
     import torch
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from helpers import flights, scoring
+from helpers import flights, generation, intervals, scoring
 from helpers.runtime import CourseError
 from helpers.scoring import extract_sql, same_result, same_value
 
@@ -176,16 +176,16 @@ def rows(right, intents=1, phrasings=4, each=5):
 
 def test_score_of_all_right_and_all_wrong():
     # four phrasings: 0.025 ** (1 / 4) = 0.3976
-    right, wrong = scoring.score(rows(lambda *_: True)), scoring.score(rows(lambda *_: False))
+    right, wrong = intervals.score(rows(lambda *_: True)), intervals.score(rows(lambda *_: False))
     assert (right.n, right.correct, right.accuracy, round(right.low, 4), right.high) == (20, 20, 1.0, 0.3976, 1.0)
     assert (wrong.n, wrong.correct, wrong.accuracy, wrong.low, round(wrong.high, 4)) == (20, 0, 0.0, 0.0, 0.6024)
     with pytest.raises(CourseError, match="no questions"):
-        scoring.score([])
+        intervals.score([])
 
 
 def test_interval_resamples_phrasings_not_questions():
-    clustered = scoring.score(rows(lambda i, p, e: p % 2 == 0, phrasings=8, each=10))  # a phrasing is all right or all wrong
-    spread = scoring.score(rows(lambda i, p, e: e % 2 == 0, phrasings=8, each=10))  # every phrasing is half right
+    clustered = intervals.score(rows(lambda i, p, e: p % 2 == 0, phrasings=8, each=10))  # a phrasing is all right or all wrong
+    spread = intervals.score(rows(lambda i, p, e: e % 2 == 0, phrasings=8, each=10))  # every phrasing is half right
     assert clustered.accuracy == spread.accuracy == 0.5
     assert clustered.high - clustered.low > 0.4
     assert spread.high - spread.low == 0
@@ -195,27 +195,27 @@ def test_interval_covers_the_truth_about_95_times_in_100():
     rng, hits = random.Random(1), 0
     for trial in range(200):
         sample = rows(lambda *_: rng.random() < 0.6, intents=10, phrasings=8, each=1)
-        result = scoring.score(sample, draws=400, seed=trial)
+        result = intervals.score(sample, draws=400, seed=trial)
         hits += result.low <= 0.6 <= result.high
     assert 175 <= hits <= 199
 
 
 def test_paired_difference():
     a, b = rows(lambda i, p, e: True), rows(lambda i, p, e: p > 0)
-    difference, low, high = scoring.paired_difference(a, b)
+    difference, low, high = intervals.paired_difference(a, b)
     assert difference == 0.25 and low >= 0 and high <= 0.75
-    assert scoring.paired_difference(a, a) == (0.0, 0.0, 0.0)
+    assert intervals.paired_difference(a, a) == (0.0, 0.0, 0.0)
     with pytest.raises(CourseError, match="same questions"):
-        scoring.paired_difference(a, b[::-1])
+        intervals.paired_difference(a, b[::-1])
 
 
 def test_pooled_seeds_count_by_their_share():
     a, b = rows(lambda i, p, e: True), rows(lambda i, p, e: p > 0)
-    both = scoring.pooled([a, b])
+    both = intervals.pooled([a, b])
     assert [r["correct"] for r in both] == [0.5] * 5 + [1.0] * 15
-    assert scoring.paired_difference(both, b)[0] == 0.125
+    assert intervals.paired_difference(both, b)[0] == 0.125
     with pytest.raises(CourseError, match="same questions"):
-        scoring.pooled([a, b[::-1]])
+        intervals.pooled([a, b[::-1]])
 
 
 # ---------------------------------------------------------------- generation
@@ -232,22 +232,22 @@ def test_answers_do_not_depend_on_batch_size_or_prefix_cache(model32, tokenizer)
     ]
     for system in (flights.SYSTEM_PROMPT, flights.SCHEMA_PROMPT):  # a short prompt, and one long enough for the prefix cache
         chats = [flights.chat(q, system) for q in asked]
-        one = [scoring.generate(model32, tokenizer, [c], max_new_tokens=24)[0] for c in chats]  # alone: no prefix is shared
+        one = [generation.generate(model32, tokenizer, [c], max_new_tokens=24)[0] for c in chats]  # alone: no prefix is shared
         for size in (2, 5):
-            assert scoring.generate(model32, tokenizer, chats, max_new_tokens=24, batch_size=size) == one
+            assert generation.generate(model32, tokenizer, chats, max_new_tokens=24, batch_size=size) == one
 
 
 @pytest.mark.slow
 def test_a_long_shared_beginning_is_read_once_and_a_short_one_with_each_prompt(model32, tokenizer, monkeypatch):
     kept = []
-    monkeypatch.setattr(scoring, "_generate_batch", lambda model, tokenizer, asked, prefix, shared, *_, **__: kept.append((prefix, shared)) or asked)
+    monkeypatch.setattr(generation, "_generate_batch", lambda model, tokenizer, asked, prefix, shared, *_, **__: kept.append((prefix, shared)) or asked)
     for system in (flights.SYSTEM_PROMPT, flights.SCHEMA_PROMPT):
-        scoring.generate(model32, tokenizer, [flights.chat(q, system) for q in ("How many flights left JFK?", "avg delay")])
+        generation.generate(model32, tokenizer, [flights.chat(q, system) for q in ("How many flights left JFK?", "avg delay")])
     (none, zero), (prefix, shared) = kept
     assert (none, zero) == ({}, 0) and shared >= 64 and [cache.get_seq_length() for cache in prefix.values()] == [shared]
 
 
 @pytest.mark.slow
 def test_generation_stops_at_the_end_of_the_turn(model32, tokenizer):
-    answer = scoring.generate(model32, tokenizer, [[{"role": "user", "content": "What is the capital of France?"}]], max_new_tokens=60)[0]
+    answer = generation.generate(model32, tokenizer, [[{"role": "user", "content": "What is the capital of France?"}]], max_new_tokens=60)[0]
     assert "Paris" in answer and "<|im" not in answer and len(tokenizer(answer).input_ids) < 60

@@ -1,7 +1,7 @@
 """Answers judged by the house rules, and the preference pairs of notebook 04 made of them.
 
-    python -m course.preferences make     # samples (a quarter of an hour on 2 cores) and writes data/preferences/*.jsonl
-    python -m course.preferences check    # judges every committed pair again: right, wrong, styled as it says?
+    python -m helpers.preferences make     # samples (a quarter of an hour on 2 cores) and writes data/preferences/*.jsonl
+    python -m helpers.preferences check    # judges every committed pair again: right, wrong, styled as it says?
 
 For each of `QUESTIONS` training questions the model of notebook 03 answers `SAMPLES` times at temperature 1; each answer
 is run and judged. From the same samples come
@@ -19,9 +19,8 @@ import sys
 import sqlglot
 from sqlglot import exp
 
-from course import house
-from course.house import share
-from helpers import dpo, flights, models, recipes, scoring, sql
+from helpers import adapters, dpo, flights, generation, house, intervals, models, scoring, sql, training
+from helpers.house import share
 from helpers.runtime import setup, write_whole
 
 QUESTIONS, SAMPLES, TEMPERATURE, SEED = 1000, 4, 1.0, 0
@@ -68,7 +67,7 @@ def style_scores(records: list[dict], rules=tuple(house.RULES)) -> list[float]:
     return [share(r.get("kept", {}), rules) if r["correct"] else 0.0 for r in records]
 
 
-def wins(runs: list[list[dict]], others: list[list[dict]], rules=tuple(house.RULES)) -> tuple[scoring.Score | None, dict[str, int]]:
+def wins(runs: list[list[dict]], others: list[list[dict]], rules=tuple(house.RULES)) -> tuple[intervals.Score | None, dict[str, int]]:
     """Style of one system against another, on the questions that both answer rightly: (win rate without ties, the counts).
 
     `runs` and `others` hold one list of records a seed; the larger share of the `rules` kept wins. The interval resamples
@@ -84,7 +83,7 @@ def wins(runs: list[list[dict]], others: list[list[dict]], rules=tuple(house.RUL
             counts["tie" if not gain else "win" if gain > 0 else "loss"] += 1
             if gain:
                 decided.append(a | {"correct": gain > 0})
-    return (scoring.score(decided) if decided else None), counts
+    return (intervals.score(decided) if decided else None), counts
 
 
 # ---------------------------------------------------------------- pairs
@@ -117,9 +116,9 @@ def questions() -> list[dict]:
 
 def sample(rows: list[dict]) -> list[list[str]]:
     """`SAMPLES` answers to each question from the SFT model at `TEMPERATURE`."""
-    model, tokenizer = recipes.load_adapter(recipes.sft_adapter()), models.load_tokenizer()
+    model, tokenizer = adapters.load_adapter(training.sft_adapter()), models.load_tokenizer()
     chats = [flights.chat(row["question"]) for row in rows for _ in range(SAMPLES)]
-    answers = scoring.generate(model, tokenizer, chats, batch_size=64, temperature=TEMPERATURE, progress="sampling")
+    answers = generation.generate(model, tokenizer, chats, batch_size=64, temperature=TEMPERATURE, progress="sampling")
     return [answers[i : i + SAMPLES] for i in range(0, len(answers), SAMPLES)]
 
 
@@ -162,7 +161,7 @@ def problems() -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m course.preferences", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m helpers.preferences", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["make", "check"])
     chosen = parser.parse_args()
     setup(SEED)

@@ -1,0 +1,68 @@
+"""Adapters as files: written for others, loaded, taken from the workshop kit, merged into the weights."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from helpers.menu import choose
+from helpers.models import load_model
+from helpers.runtime import ROOT, CourseError, building, sha256
+
+
+def export_adapter(model, target: Path) -> Path:
+    """Writes the adapter for others: safetensors and adapter_config.json only; no pickle, no path of this machine."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if target.exists():
+        shutil.rmtree(target)
+    with building(target) as scratch:
+        scratch.mkdir()
+        state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": choose().name, "inference_mode": True}
+        text = json.dumps(config, indent=1, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+        (scratch / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def load_adapter(folder: Path, bits: int = 4, dtype=None, trainable: bool = False):
+    """The course model at `bits` bits with an exported adapter on it, ready to answer (`trainable`: to be trained further)."""
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_config.json").exists():
+        raise CourseError(f"There is no adapter in {Path(folder).name}/: training.sft_adapter() and dpo.adapter() train theirs when missing.")
+    model = PeftModel.from_pretrained(load_model(bits, dtype), folder, is_trainable=trainable).train(trainable)
+    model.peft_config["default"].base_model_name_or_path = model.name_or_path  # else PEFT asks the Hub for it at each checkpoint
+    return model
+
+
+def merge(model):
+    """Folds the adapter into the base's weights, W + sBA, and returns the plain model; refused over quantized weights.
+
+    There W + sBA would be rounded to the 4-bit levels again, and the answers would change (peft issues 1043 and 2321).
+    """
+    if any(type(p).__name__ in ("Params4bit", "Int8Params") for p in model.parameters()):
+        raise CourseError("Merging into quantized weights would round the adapter away in part: load the base with bits=16 and merge there.")
+    return model.merge_and_unload()
+
+
+def have_adapter(folder: Path) -> bool:
+    """Whether a run's adapter folder is there, or could be copied from the workshop kit (`kit/`, or the folder that COURSE_KIT names): whole or not at all.
+
+    A kit has a folder for each recipe: another recipe's is never taken. CourseError where a copied byte differs from the manifest.
+    """
+    kit, run, listed = Path(os.environ.get("COURSE_KIT") or ROOT / "kit").expanduser(), f"adapters/{folder.parent.name}/adapter/", None
+    if (kit / run).is_dir() and not folder.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            listed = {k: v["sha256"] for k, v in json.loads((kit / "manifest.json").read_text(encoding="utf-8"))["files"].items() if k.startswith(run)}
+        with building(folder, need_bytes=50_000_000) as scratch:
+            if scratch:
+                shutil.copytree(kit / run, scratch, copy_function=shutil.copyfile)
+                scratch.chmod(0o755)  # a read-only kit's folder could not be renamed
+                if listed != {run + path.name: sha256(path) for path in scratch.iterdir()}:
+                    raise CourseError(f"The kit's copy of {folder.parent.name} is damaged: copy the kit again, or remove {kit / run}.")
+                print(f"{folder.parent.name}: taken from the workshop kit")
+    return (folder / "adapter_config.json").exists()

@@ -1,0 +1,285 @@
+"""Training: TRL's trainers for the recipes, their losses on a CPU, and runs that go on where they were stopped."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+from helpers.adapters import export_adapter, have_adapter
+from helpers.models import load_model, load_tokenizer
+from helpers.recipes import LOSS_ROWS, SFTRecipe, memory_advice, needs_checkpointing, peft_config, step_options, training_rows, training_set
+from helpers.runtime import CourseError, device, progress_bar, seed_everything, write_whole
+
+
+def check_targets(recipe: SFTRecipe, model) -> None:
+    """Raises CourseError when a name in `target_modules` is no layer's: it would train nothing there, in silence."""
+    if recipe.target_modules == "all-linear":
+        return
+    there = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")} - {"lm_head"})
+    wanted = [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
+    if missing := [name for name in wanted if name not in there]:
+        raise CourseError(f"No layer of this model is called {', '.join(missing)}: target_modules can name {', '.join(there)}, or be 'all-linear'.")
+
+
+def check_unpacked(model) -> None:
+    """Raises CourseError for a 4-bit model that has answered on a CPU: bitsandbytes then packed its weights anew, and gradients
+    don't pass through the packed kernel (torch warns of it once; training goes on, and learns less)."""
+    if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
+        raise CourseError("This 4-bit model has answered questions on a CPU and can't be trained any more: load a fresh one and train that.")
+
+
+def base_model(recipe: SFTRecipe):
+    """The model that the recipe starts from; for full fine-tuning its weights are float32, as every trained parameter here."""
+    import torch
+
+    if recipe.method == "full" and recipe.bits != 16:
+        raise CourseError("Quantized weights can't be trained: full fine-tuning needs bits=16.")
+    return load_model(recipe.bits, torch.float32 if recipe.method == "full" else None)
+
+
+def common_settings(recipe, folder: Path) -> dict:
+    """What every TRL trainer of the course is told, by an SFTRecipe or a DPORecipe and by this machine."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "max_length": recipe.max_length,
+        "pad_to_multiple_of": 8,  # few shapes: torch's CPU library keeps a kernel for each it meets
+        "gradient_checkpointing": needs_checkpointing(recipe),  # False for the course model: memory is there, time isn't
+        "optim": device().optimizer,
+    } | device().flags
+
+
+def sft_config(recipe: SFTRecipe, folder: Path, **changes):
+    """TRL's settings for the recipe on this machine."""
+    from trl import SFTConfig
+
+    settings = {
+        "lr_scheduler_type": recipe.scheduler,
+        "warmup_steps": recipe.warmup_steps,
+        "max_grad_norm": recipe.max_grad_norm,
+        "train_sampling_strategy": "group_by_length",  # batches of like length: little padding
+        "save_steps": 50,
+    }
+    return SFTConfig(**common_settings(recipe, folder) | settings | housekeeping(recipe) | changes)
+
+
+def housekeeping(recipe: SFTRecipe) -> dict:
+    """The settings that don't decide what is learnt."""
+    return {
+        "seed": recipe.seed,
+        "logging_steps": 10,
+        "save_total_limit": 1,  # checkpoints kept
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device().flags["dataloader_pin_memory"],
+    }
+
+
+def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | None = None, **changes):
+    """TRL's SFTTrainer for the recipe, over `model`, with float32 adapters and what makes it quick on a CPU."""
+    from trl import SFTTrainer
+
+    check_targets(recipe, model)
+    check_unpacked(model)
+    seed_everything(recipe.seed)
+    trained = trainable_state(model) if hasattr(model, "peft_config") else None  # an adapter that goes on from where it was
+    model.set_attn_implementation(device().attention)
+    trainer = (cpu_trainer_class() if device().course_loss else SFTTrainer)(
+        model=model,
+        args=sft_config(recipe, folder or recipe.folder(), **changes),
+        train_dataset=training_set(training_rows(recipe, rows)),
+        processing_class=tokenizer,
+        peft_config=None if hasattr(model, "peft_config") else peft_config(recipe),
+    )
+    restore_float32(trainer.model, trained)
+    start_scaler_low(trainer)
+    return trainer
+
+
+FIRST_SCALE = 1024.0  # torch starts at 65,536, and a step that overflows is lost: simulated on a CPU, DPO's first four were
+
+
+def start_scaler_low(trainer) -> None:
+    """A float16 trainer's gradient scaler, if there is one, starts at `FIRST_SCALE`."""
+    import torch
+
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler = torch.amp.GradScaler(device().kind, init_scale=FIRST_SCALE)
+
+
+def trainable_state(model) -> dict:
+    """A float32 copy of the trainable parameters by name, to be put back by `restore_float32`."""
+    return {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore_float32(model, state: dict | None = None) -> None:
+    """Undoes TRL's cast of a quantized model's trainable parameters to bfloat16, values included where `state` has them.
+
+    TRL 1.16 casts them when a trainer is built: a T4's gradient scaler then fails, and an adapter that was trained
+    before is rounded. A fresh adapter needs no `state`: its B is 0 and its A was drawn at random anyway.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = (state[name].to(parameter.device) if state and name in state else parameter.data).float()
+
+
+def token_log_probs(hidden, weight, targets):
+    """log p(target) of each token in float32, shape (n,), without ever holding all logits.
+
+    hidden (n, width) and weight (vocabulary, width) in one dtype, targets (n,). The gradient for `hidden` is worked out
+    beside the value, `LOSS_ROWS` tokens at a time: (one-hot - softmax) @ weight. The head's weight is frozen: it gets none.
+    """
+    import torch
+
+    class LogProbs(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            values, gradient = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
+            parts = [t.split(LOSS_ROWS) for t in (hidden, targets, values, gradient)]
+            for rows, target, value, out in zip(*parts, strict=True):
+                logits = (rows @ weight.T).float()
+                value.copy_(-torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+                if ctx.needs_input_grad[0]:
+                    slope = -torch.softmax(logits, -1)
+                    slope[torch.arange(len(target)), target] += 1
+                    out.copy_(slope.to(weight.dtype) @ weight)
+            ctx.save_for_backward(gradient)
+            return values
+
+        @staticmethod
+        def backward(ctx, slope):
+            return (ctx.saved_tensors[0] * slope[:, None]).to(hidden.dtype)
+
+    return LogProbs.apply(hidden)
+
+
+def cpu_trainer_class():
+    """SFTTrainer with the same loss computed more cheaply on a CPU (a test holds the two equal).
+
+    TRL's fused head works in float32 tiles and adds entropy metrics, made for Triton on a GPU; here the LM head runs
+    on the supervised positions only, a few at a time: mean over completion tokens of -log p(token | what stands before it).
+    """
+    from torch.nn.functional import cross_entropy
+    from trl import SFTTrainer
+
+    class CpuSFTTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            targets = inputs["labels"][:, 1:]  # (batch, tokens - 1); -100 where nothing is to be learnt
+            supervised = targets != -100
+            model = self.accelerator.unwrap_model(model)
+            base = model.get_base_model() if hasattr(model, "peft_config") else model
+            count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+            with self.accelerator.autocast():
+                hidden = hidden_states(model, base, inputs["input_ids"], inputs["attention_mask"])[:, :-1][supervised]
+                if base.lm_head.weight.requires_grad:  # full fine-tuning: the head learns too
+                    loss = cross_entropy(base.lm_head(hidden).float(), targets[supervised], reduction="sum") / count
+            if not base.lm_head.weight.requires_grad:
+                loss = -token_log_probs(hidden, base.lm_head.weight, targets[supervised]).sum() / count
+            return (loss, {}) if return_outputs else loss
+
+    return CpuSFTTrainer
+
+
+def hidden_states(model, base, ids, mask):
+    """The last hidden states (batch, tokens, width) of the token ids; prompt tuning's virtual tokens stand before them, unseen."""
+    import torch
+
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    embeddings = base.get_input_embeddings()(ids)
+    prompt = model.get_prompt(len(ids)).to(embeddings.dtype)
+    mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], 1)
+    hidden = base.model(inputs_embeds=torch.cat([prompt, embeddings], 1), attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[:, prompt.shape[1] :]
+
+
+def progress_callback():
+    """One live line with step, loss, time gone and time to go; cleared at the end."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = progress_bar(state.max_steps, "training")
+            self.bar.update(state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(1)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    return Progress()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole (the trainer's state is the last file of one)."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and (p / "optimizer.pt").exists()]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def fit(trainer, resume: bool = True) -> dict:
+    """Trains, going on from the last whole checkpoint in the trainer's folder; returns history and seconds.
+
+    An interrupt (Ctrl-C, the stop button) and memory that runs out leave the last checkpoint and say how to go on (CourseError).
+    """
+    from peft.helpers import disable_input_dtype_casting
+    from transformers import PrinterCallback
+
+    args, model, folder = trainer.args, trainer.model, Path(trainer.args.output_dir)
+    trainer.remove_callback(PrinterCallback)  # what `disable_tqdm` puts in place of transformers' own bar
+    trainer.add_callback(progress_callback())
+    checkpoint = last_checkpoint(folder) if resume else None
+    start = time.perf_counter()
+    # under autocast PEFT's own cast of each layer's input to float32 and back is work for nothing
+    lora = any(hasattr(module, "lora_A") for module in model.modules())
+    casting = disable_input_dtype_casting(model) if lora and args.bf16 else contextlib.nullcontext()
+    try:
+        with casting:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        history = [log for log in trainer.state.log_history if log.keys() & {"loss", "probe/chosen"}]
+        return {"history": history, "seconds": time.perf_counter() - start}
+    except KeyboardInterrupt:
+        stopped, then = "Training was interrupted", "Run the same cell again to go on from it."
+    except RuntimeError as error:
+        if not any(sign in repr(error).lower() for sign in ("outofmemory", "out of memory", "enough memory", "allocate memory", "alloc_failed")):
+            raise
+        method = "qlora" if getattr(model, "is_loaded_in_4bit", False) else "lora" if lora else "full"
+        step = {"batch": args.per_device_train_batch_size * (1 + hasattr(args, "beta")), "length": args.max_length}  # beta: DPO's, of pairs
+        step |= step_options() | {"method": method, "checkpointing": args.gradient_checkpointing, "dtype_bytes": model.dtype.itemsize}
+        stopped, then = "The memory ran out", memory_advice(model.config, **step)
+    # raised out here, where the error is gone: its traceback would keep the step's tensors alive
+    kept, step = last_checkpoint(folder), trainer.state.global_step
+    left = f"the checkpoint of step {kept.name.split('-')[1]} is kept" if kept else "there was no checkpoint yet"
+    raise CourseError(f"{stopped} at step {step}; {left}. {then}")
+
+
+def finish(trainer) -> dict:
+    """`fit`, unless the trainer's recipe was finished before: then its adapter and history are loaded, and said so."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder = Path(trainer.args.output_dir)
+    done = folder / "history.json"
+    if done.exists() and (folder / "adapter" / "adapter_config.json").exists():
+        print("This very recipe was trained before: its adapter is loaded. Delete runs/ (or make course FRESH=1) to train again.")
+        set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+        return json.loads(done.read_text(encoding="utf-8"))
+    result = fit(trainer)
+    export_adapter(trainer.model, folder / "adapter")
+    write_whole(done, json.dumps(result))
+    return result
+
+
+def sft_adapter(recipe: SFTRecipe | None = None) -> Path:
+    """The folder of the recipe's trained adapter: from `runs/` or the workshop kit, else trained now (about 6 minutes)."""
+    folder = (recipe := recipe or SFTRecipe()).folder() / "adapter"
+    if not have_adapter(folder):
+        finish(make_trainer(recipe, load_model(recipe.bits), load_tokenizer()))
+    return folder
