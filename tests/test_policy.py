@@ -157,7 +157,7 @@ def test_8_bits_are_refused_on_a_v100_only(monkeypatch):
 
 def place(monkeypatch, where):
     """Makes `where` the machine that the course runs on."""
-    for module in (runtime, models, recipes, dpo):
+    for module in (runtime, models, recipes, training, dpo):
         monkeypatch.setattr(module, "device", lambda: where)
     return where
 
