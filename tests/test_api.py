@@ -53,9 +53,9 @@ STARRED = {  # what `**name` stands for in a call; a dict of the course's own se
     (LLAMA, "kwargs"): ("input_ids", "attention_mask", "use_cache"),
     ("transformers.AutoConfig.for_model", "self.shape"): (),
 }  # fmt: skip
-BUILT = r"((recipes|dpo)\.)?(housekeeping|common_settings)\(recipe(, folder)?\)|settings|changes"  # of a config: `settings` below builds these
+BUILT = r"((training|dpo)\.)?(housekeeping|common_settings)\(recipe(, folder)?\)|settings|changes"  # of a config: `settings` below builds these
 BUILDERS = {f"{module}.{name}": kind for module, name, kind in (  # their `**changes` reach a config
-    ("recipes", "make_trainer", "SFT"), ("recipes", "sft_config", "SFT"), ("dpo", "make_trainer", "DPO"), ("dpo", "dpo_config", "DPO"))}  # fmt: skip
+    ("training", "make_trainer", "SFT"), ("training", "sft_config", "SFT"), ("dpo", "make_trainer", "DPO"), ("dpo", "dpo_config", "DPO"))}  # fmt: skip
 
 
 # ---------------------------------------------------------------- what is passed
@@ -93,7 +93,7 @@ def resolve(node, names: dict[str, str], module: str = "") -> str | None:
         return f"trl.{kind}Config"
     if text in CALLED:
         return CALLED[text]
-    if re.fullmatch(r"(scoring|recipes|models|dpo|torch|self|raw)\.\w+", text):
+    if re.fullmatch(r"(adapters|generation|scoring|recipes|models|training|dpo|torch|self|raw)\.\w+", text):
         return None
     if isinstance(node, ast.Attribute) and node.attr in METHODS:
         return METHODS[node.attr].format(node.attr)
