@@ -41,7 +41,7 @@ test: install ## every test: unit tests, then nbval over every notebook
 	@$(RUN) -m course test
 
 test-fast: install ## the quick tests, for each commit (under a minute)
-	@$(RUN) -m ruff check . && $(RUN) -m pytest -m "not slow" tests
+	@$(RUN) -m ruff check . && $(BIN)/lint-imports --no-cache --no-logo && $(RUN) -m pytest -m "not slow" tests
 
 test-unit: install ## the unit tests alone
 	@$(RUN) -m course unit
