@@ -1,10 +1,49 @@
-"""Plots made from a run's own numbers: labelled axes with units, readable in grey, a label on what is recorded."""
+"""Plots made from a run's own numbers, for every reader: colours that the colour-blind tell apart, shapes and greys that print, a text for each.
 
+Colours are Okabe and Ito's (2008). No plot leaves the difference to colour alone: lines have dashes and markers, bars
+hatches or their names inside. `Figure` carries what it shows as a sentence.
+"""
+
+import base64
+import html
+import io
+import textwrap
 from collections import Counter
 
+import numpy as np
+from matplotlib.figure import Figure as MatplotlibFigure
 
-def _axis(height: float = 3.6):
-    """The axis of a new figure, 7 inches wide, in the course's style."""
+BLACK, BLUE, VERMILLION, ORANGE, SKY, YELLOW, PURPLE = "#000000", "#0072B2", "#D55E00", "#E69F00", "#56B4E9", "#F0E442", "#CC79A7"
+LINES = [
+    (BLUE, "-", "o"), (VERMILLION, "--", "s"), (BLACK, ":", "^"), (ORANGE, "-.", "D"), (SKY, (0, (5, 1, 1, 1, 1, 1)), "v"), (PURPLE, (0, (4, 4)), "P"),
+]  # fmt: skip
+FILLS = [(BLUE, ""), (YELLOW, "///"), (VERMILLION, "..."), (SKY, "xxx"), (BLACK, ""), (PURPLE, "\\\\\\")]
+KINDS = {  # what becomes of an answer, in the order of `mistakes`, and the fill: SELECT and WHERE are the part of the query that is wrong
+    "right": (BLUE, ""), "WHERE": (YELLOW, ""), "SELECT": (SKY, "///"), "SELECT + WHERE": (ORANGE, ""),
+    "another part": ("#F2F2F2", ""), "does not run": (VERMILLION, ""), "no query": (BLACK, ""),
+}  # fmt: skip
+
+
+class Figure(MatplotlibFigure):
+    """A figure with its alternative text, `words`. A notebook shows the image, which carries it, and the words folded below.
+
+    The folded line is for JupyterLab and Colab, which have no way yet to hand an image's alternative text to a reader.
+    """
+
+    words = ""
+
+    def _ipython_display_(self):
+        from IPython.display import HTML, display
+
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        image = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": self.words}
+        display(image, metadata={"image/png": {"alt": self.words}}, raw=True)
+        display(HTML(f"<details><summary>The plot in words</summary>{html.escape(self.words)}</details>"))
+
+
+def _axis(height: float = 3.6, width: float = 7):
+    """The axis of a new figure (inches) in the course's style."""
     import matplotlib.pyplot as plt
 
     plt.rc("figure", dpi=100)
@@ -12,45 +51,71 @@ def _axis(height: float = 3.6):
     plt.rc("font", size=10)
     plt.rc("legend", frameon=False, fontsize=9)
     plt.rc("savefig", bbox="tight")
-    return plt.subplots(figsize=(7, height))[1]
+    plt.rc("hatch", linewidth=0.6)
+    return plt.subplots(figsize=(width, height), FigureClass=Figure)[1]
 
 
-def _finish(axis, title: str, **settings):
-    """The axis' figure with its title; labels, limits and scales as `Axes.set` takes them."""
+def _finish(axis, title: str, words: str, **settings):
+    """The axis' figure with title and alternative text; labels, limits and scales as `Axes.set` takes them."""
     axis.set(**settings)
     axis.set_title(title, loc="left", fontsize=11)
+    axis.figure.words = f"{title}. {words}"
     axis.figure.tight_layout()
     return axis.figure
 
 
 def accuracy_bars(rows: list[dict], title: str):
-    """Horizontal bars of accuracy with 95 % intervals, one a scoreboard row, the first row on top."""
+    """Horizontal bars of accuracy with 95 % intervals, one a scoreboard row, the first row on top; a live one is dark, a recorded one light."""
     axis = _axis(0.8 + 0.42 * len(rows))
     accuracy = [100 * r["accuracy"] for r in rows]
     errors = [[100 * max(r["accuracy"] - r["low"], 0) for r in rows], [100 * max(r["high"] - r["accuracy"], 0) for r in rows]]
-    colours = ["0.35" if r["stage"] in ("sft", "dpo") else "0.7" for r in rows]
-    bars = axis.barh(range(len(rows)), accuracy, xerr=errors, color=colours, height=0.6, error_kw={"elinewidth": 1, "capsize": 3})
+    colours = [SKY if r["source"] == "recorded" else BLUE for r in rows]
+    names = [r["stage"] + (" (recorded)" if r["source"] == "recorded" else "") for r in rows]
+    bars = axis.barh(range(len(rows)), accuracy, xerr=errors, color=colours, height=0.6, error_kw={"elinewidth": 1.2, "capsize": 3})
     axis.bar_label(bars, fmt="{:.0f} %", padding=5)
-    axis.set_yticks(range(len(rows)), [r["stage"] + (" (recorded)" if r["source"] == "recorded" else "") for r in rows])
+    axis.set_yticks(range(len(rows)), names)
     axis.invert_yaxis()
-    return _finish(axis, title, xlim=(0, 108), xlabel="execution accuracy, % (bars: 95 % interval)")
+    each = [f"{name} {100 * r['accuracy']:.0f} % ({100 * r['low']:.0f} to {100 * r['high']:.0f})" for name, r in zip(names, rows, strict=True)]
+    words = f"Bars of execution accuracy with 95 % intervals: {', '.join(each)}."
+    return _finish(axis, title, words, xlim=(0, 108), xlabel="execution accuracy, % (bars: 95 % interval)")
+
+
+def family(kind: str) -> str:
+    """The one of `KINDS` to which a kind of `scoring.Judge` belongs. Two parts may differ: SELECT and WHERE go before grouping and order."""
+    if kind in ("right", "no query", "refused"):
+        return "right" if kind == "right" else "no query"
+    if kind.startswith("does not run"):
+        return "does not run"
+    parts = [part for part, words in (("SELECT", "what is computed"), ("WHERE", "the filter")) if words in kind]
+    return " + ".join(parts) or "another part"
 
 
 def mistakes(records_by_stage: dict[str, list[dict]], title: str):
-    """Stacked bars: for each stage, the share of answers of each kind, right ones first."""
-    counts = {stage: Counter(r["kind"] for r in records) for stage, records in records_by_stage.items()}
-    kinds = sorted({k for c in counts.values() for k in c}, key=lambda k: (k != "right", -sum(c[k] for c in counts.values())))
-    axis = _axis(1.6 + 0.42 * len(counts) + 0.16 * len(kinds))
-    hatches = ["", "//", "..", "xx", "\\\\", "++", "oo", "--", "**"]
-    left = [0.0] * len(counts)
-    for i, kind in enumerate(kinds):
-        share = [100 * c[kind] / max(sum(c.values()), 1) for c in counts.values()]
-        grey = str(0.3 + 0.65 * i / max(len(kinds) - 1, 1))
-        axis.barh(list(counts), share, left=left, color=grey, edgecolor="black", linewidth=0.4, hatch=hatches[i % len(hatches)], label=kind)
-        left = [a + b for a, b in zip(left, share, strict=True)]
+    """Stacked bars: for each stage, the share of answers of each of `KINDS`, named in the bar, or beside it where it is too narrow."""
+    axis = _axis(1 + 0.5 * len(records_by_stage), 8.6)
+    words = []
+    for place, (stage, records) in enumerate(records_by_stage.items()):
+        counts, left, inside, beside = Counter(family(r["kind"]) for r in records), 0.0, [], []
+        for kind in filter(counts.get, KINDS):
+            share, (colour, hatch) = 100 * counts[kind] / len(records), KINDS[kind]
+            axis.barh(place, share, left=left, color=colour, hatch=hatch, edgecolor="black", linewidth=0.6, height=0.76)
+            name = f"{kind} {share:.0f} %" if share >= 0.5 else f"{kind} below 1 %"
+            inside.append(name)
+            letters = max(int(0.55 * share), 1)  # so many fit into the bar: tests/test_plots.py measures it
+            label = textwrap.wrap(name.replace(" %", "\N{NO-BREAK SPACE}%"), letters, break_long_words=False)
+            if len(label) <= 2 and max(map(len, label)) <= letters:
+                box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch else None
+                ink = "white" if colour in (BLACK, BLUE) else "black"
+                axis.text(left + share / 2, place, "\n".join(label), ha="center", va="center", fontsize=8, color=ink, bbox=box)
+            else:
+                beside.append(name.replace(" ", "\N{NO-BREAK SPACE}"))
+            left += share
+        axis.text(101.5, place, textwrap.fill(", ".join(beside), 32), va="center", fontsize=8)
+        words.append(f"{stage}: {', '.join(inside)}")
+    axis.set_yticks(range(len(records_by_stage)), list(records_by_stage))
     axis.invert_yaxis()
-    axis.legend(loc="upper center", bbox_to_anchor=(0.42, -0.3), ncol=2, fontsize=8)
-    return _finish(axis, title, xlabel="share of answers, %")
+    text = f"Stacked bars, what becomes of the answers (SELECT, WHERE: the part of the query that is wrong). {'; '.join(words)}."
+    return _finish(axis, title, text, xlim=(0, 100), xlabel="share of answers, % (SELECT, WHERE: the part of the query that is wrong)")
 
 
 def loss_curve(history: list[dict], title: str):
@@ -63,82 +128,123 @@ def sweep(points: list[dict], x: str, title: str, live: dict | None = None):
     """Accuracy against `x` on a log axis: recorded seeds as dots, their mean as a line, this run's own point as a star."""
     axis = _axis()
     places = sorted({p[x] for p in points})
-    axis.plot([p[x] for p in points], [100 * p["accuracy"] for p in points], "o", color="0.6", markersize=5, label="recorded, one seed each")
-    means = [sum(100 * p["accuracy"] for p in points if p[x] == place) / sum(p[x] == place for p in points) for place in places]
-    axis.plot(places, means, "-", color="0.2", linewidth=1.2, label="mean of the recorded seeds")
+    at = {place: [100 * p["accuracy"] for p in points if p[x] == place] for place in places}
+    means = [sum(values) / len(values) for values in at.values()]
+    axis.plot(places, means, "-", color=BLACK, linewidth=1.2, label="mean of the recorded seeds")
+    axis.plot(
+        [p[x] for p in points],
+        [100 * p["accuracy"] for p in points],
+        "o",
+        color=SKY,
+        markeredgecolor=BLACK,
+        markersize=6,
+        label="recorded, one seed each",
+    )
+    words = [f"{place}: {mean:.0f} % ({min(at[place]):.0f} to {max(at[place]):.0f})" for place, mean in zip(places, means, strict=True)]
     if live:
-        axis.plot([live[x]], [100 * live["accuracy"]], "*", color="black", markersize=12, label="this run, live")
+        axis.plot([live[x]], [100 * live["accuracy"]], "*", color=VERMILLION, markeredgecolor=BLACK, markersize=15, label="this run, live")
+        words.append(f"this run, live, at {live[x]}: {100 * live['accuracy']:.0f} %")
     axis.set_xscale("log")
     axis.set_xticks(places, [str(p) for p in places])
     axis.minorticks_off()
     axis.legend()
-    return _finish(axis, title, xlabel=x, ylabel="execution accuracy, %", ylim=(0, 100))
+    text = f"Execution accuracy by {x}, mean of the recorded seeds (lowest to highest): {', '.join(words)}."
+    return _finish(axis, title, text, xlabel=x, ylabel="execution accuracy, %", ylim=(0, 100))
 
 
 def histogram(values, levels: dict, title: str, x: str):
     """The distribution of `values` (1-D tensor), and under it a row of ticks for each named set of levels."""
     axis = _axis()
-    axis.hist(values.numpy(), bins=121, density=True, color="0.75")
+    numbers = values.numpy()
+    density, edges, _ = axis.hist(numbers, bins=121, density=True, color=SKY)
     height = axis.get_ylim()[1]
+    rows = []
     for i, (name, places) in enumerate(levels.items()):
         base = -height * (0.09 + 0.13 * i)
-        axis.vlines(places, base - 0.03 * height, base + 0.03 * height, color="black", linewidth=1.2)
+        axis.vlines(places, base - 0.03 * height, base + 0.03 * height, color=BLACK, linewidth=1.2)
         axis.text(1.03, base, name, va="center", fontsize=9, transform=axis.get_yaxis_transform())
+        rows.append(f"{name}, {len(places)} from {min(places):.3g} to {max(places):.3g}")
     ticks = [tick for tick in axis.get_yticks() if 0 <= tick <= height]
-    return _finish(axis, title, xlabel=x, ylabel="density", yticks=ticks, ylim=(-height * (0.05 + 0.13 * len(levels)), None))
+    low, quarter, three, high = np.quantile(numbers, [0, 0.25, 0.75, 1])
+    peak = edges[density.argmax() : density.argmax() + 2].mean()
+    words = f"Histogram of {len(numbers):,} values of {x}: from {low:.3g} to {high:.3g}, half of them between {quarter:.3g} and {three:.3g}, densest near {peak:.2g}."
+    words += f" Rows of ticks below it: {'; '.join(rows)}." if rows else ""
+    return _finish(axis, title, words, xlabel=x, ylabel="density", yticks=ticks, ylim=(-height * (0.05 + 0.13 * len(levels)), None))
 
 
 def bars(frame, title: str, x: str, unit: str = "{:.3g}", intervals=()):
-    """Horizontal bars from a DataFrame: a group for each row, a bar for each column (greys and hatches, values beside).
+    """Horizontal bars from a DataFrame: a group for each row, a bar for each column (colours and hatches, values beside).
 
     `intervals`: (low, high) for each row, drawn across a single column's bars.
     """
     rows, columns = frame.shape
-    height = 0.17 * rows * columns + 0.22 * rows
-    axis = _axis(0.9 + height)
+    height = 0.19 * rows * columns + 0.22 * rows
+    axis = _axis((1 if columns == 1 else 1.3) + height)
     step = 0.8 / columns
-    hatches = ["", "///", "...", "xxx", "++", "oo"]
     for j, column in enumerate(frame.columns):
         places = [i - 0.4 + (j + 0.5) * step for i in range(rows)]
-        shade = str(0.35 + 0.5 * j / max(columns - 1, 1))
-        axis.barh(places, frame[column], height=0.92 * step, color=shade, hatch=hatches[j % 6], edgecolor="black", linewidth=0.4, label=str(column))
+        colour, hatch = FILLS[j % len(FILLS)]
+        axis.barh(places, frame[column], height=0.92 * step, color=colour, hatch=hatch, edgecolor="black", linewidth=0.4, label=str(column))
         ends = [high for _, high in intervals] or frame[column]
         for place, end, value in zip(places, ends, frame[column], strict=True):
             axis.text(end, place, " " + unit.format(value), va="center", fontsize=8)
     for i, (low, high) in enumerate(intervals):
-        axis.plot([low, high], [i, i], "|-", color="black", linewidth=1, markersize=6)
+        axis.plot([low, high], [i, i], "|-", color=ORANGE if columns == 1 else BLACK, linewidth=1.5, markersize=6)
     axis.set_yticks(range(rows), [str(name) for name in frame.index])
     axis.invert_yaxis()
     axis.margins(x=0.12)
     if columns > 1:
-        axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.5 / height), ncol=columns)
-    return _finish(axis, title, xlabel=x)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.55 / height), ncol=columns)
+    spans = [f" ({unit.format(low)} to {unit.format(high)})" for low, high in intervals] or [""] * rows
+    each = [
+        f"{name}: " + ", ".join((f"{column} " if columns > 1 else "") + unit.format(row[column]) for column in frame.columns) + span
+        for (name, row), span in zip(frame.iterrows(), spans, strict=True)
+    ]
+    return _finish(axis, title, f"Bars of {x}. {'; '.join(each)}.", xlabel=x)
 
 
 def lines(series: dict, title: str, x: str, y: str, log: bool = False, floor: float | None = 0):
-    """One line for each named (x values, y values) pair, told apart by dash and grey. `floor`: where a linear y axis begins (None: at the data)."""
+    """One line for each named (x values, y values) pair. `floor`: where a linear y axis begins (None: at the data)."""
     axis = _axis()
+    words = []
     for i, (name, (across, up)) in enumerate(series.items()):
-        axis.plot(across, up, ["-", "--", ":", "-."][i % 4], color=str(0.1 + 0.5 * i / max(len(series) - 1, 1)), label=name, linewidth=1.5)
+        colour, dash, marker = LINES[i % len(LINES)]
+        every = max(1, len(up) // 8)
+        axis.plot(across, up, color=colour, linestyle=dash, marker=marker, markersize=5, markevery=every, label=name, linewidth=1.6)
+        words.append(f"{name} {_course(list(across), [float(v) for v in up])}")
     if len(series) > 1:
-        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=3.5)
     scale = {"yscale": "log"} if log else {"ylim": (floor, None)}
-    return _finish(axis, title, xlabel=x, ylabel=y, **scale)
+    return _finish(axis, title, f"Lines of {y} by {x}. {'; '.join(words)}.", xlabel=x, ylabel=y, **scale)
+
+
+def _course(across: list, up: list[float]) -> str:
+    """How a line runs, in words: both ends, and the extremes that lie well beyond them."""
+    text = f"{up[0]:.3g} at {across[0]:.3g}, {up[-1]:.3g} at {across[-1]:.3g}"
+    least = 0.1 * (max(up) - min(up))
+    for what, extreme in (("lowest", min(up)), ("highest", max(up))):
+        if min(abs(extreme - up[0]), abs(extreme - up[-1])) > least:
+            text += f", {what} {extreme:.3g} at {across[up.index(extreme)]:.3g}"
+    return text
 
 
 def frontier(points: list[dict], title: str):
     """Accuracy against style, both in percent: one mark a point ({"label", "group", "style", "accuracy"}), one marker a group."""
     axis = _axis(4.2)
+    words = []
     for i, group in enumerate(dict.fromkeys(p["group"] for p in points)):
         mine = [p for p in points if p["group"] == group]
+        colour, _, marker = LINES[i % len(LINES)]
         place = ([100 * p["style"] for p in mine], [100 * p["accuracy"] for p in mine])
-        axis.plot(*place, "os^*Dv"[i % 6], color=str(0.15 * (i % 5)), markersize=9 if "os^*Dv"[i % 6] in "o*" else 6, label=group)
+        axis.plot(*place, marker, linestyle="none", color=colour, markeredgecolor=BLACK, markersize=8, label=group)
+        words.append(f"{group}: " + ", ".join(f"{p['label']} at {100 * p['style']:.0f} and {100 * p['accuracy']:.0f}" for p in mine))
     points = sorted(points, key=lambda p: p["style"])
     for i, p in enumerate(points):  # a label stands on the side where fewer points are near, or above
         near = [j > i for j, q in enumerate(points) if j != i and max(abs(q[of] - p[of]) for of in ("style", "accuracy")) < 0.05]
         more = 2 * sum(near) - len(near)  # to the right of it than to the left
         side = {"xytext": (0, 6), "ha": "center"} if near and not more else {"xytext": (-7, -3), "ha": "right"} if more > 0 else {"xytext": (7, -3)}
-        axis.annotate(str(p["label"]), (100 * p["style"], 100 * p["accuracy"]), textcoords="offset points", fontsize=7.5, **side)
+        axis.annotate(str(p["label"]), (100 * p["style"], 100 * p["accuracy"]), textcoords="offset points", fontsize=8, **side)
     axis.margins(0.12)
     axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=5)
-    return _finish(axis, title, xlabel="house style, % of the paired rules kept by right answers", ylabel="execution accuracy, %")
+    text = f"Points, each with its house style and its execution accuracy in percent. {'; '.join(words)}."
+    return _finish(axis, title, text, xlabel="house style, % of the paired rules kept by right answers", ylabel="execution accuracy, %")

@@ -1,4 +1,4 @@
-"""doctor and ask as a person runs them, plots, scoreboard, sweeps' bookkeeping, baselines."""
+"""doctor and ask as a person runs them, scoreboard, sweeps' bookkeeping, baselines."""
 
 import dataclasses
 import io
@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from course import sweeps
-from helpers import ask, baselines, doctor, flights, generation, intervals, plots, scoreboard
+from helpers import ask, baselines, doctor, flights, generation, scoreboard
 from helpers.runtime import ROOT, CourseError
 
 # ---------------------------------------------------------------- doctor
@@ -167,7 +167,7 @@ def test_nothing_needs_a_network():
     assert json.loads(done.stdout)["question"] == "How many flights left JFK in July?"
 
 
-# ---------------------------------------------------------------- scoreboard, sweeps, plots
+# ---------------------------------------------------------------- scoreboard, sweeps
 
 
 RECORDS = [
@@ -186,6 +186,17 @@ def test_scoreboard_replaces_and_orders():
         "stage": "sft", "split": "validation", "n": 1, "correct": 1, "accuracy": 1.0, "low": 0.025, "high": 1.0, "seconds": 3.0, "seed": 0, "source": "live",
     }  # fmt: skip
     assert list(scoreboard.table()["accuracy"]) == ["50%", "100%"] and len(scoreboard.table([])) == 0
+
+
+def test_recorded_seeds_are_told_apart_and_pooled(monkeypatch, tmp_path):
+    monkeypatch.setattr(scoreboard, "RESULTS", tmp_path)
+    other = [dict(r, correct=r["id"] == "0") for r in RECORDS]
+    runs = [{"stage": stage, "splits": {"test": {"records": records}}} for stage, records in (("lora", RECORDS), ("ia3", RECORDS), ("lora", other))]
+    (tmp_path / "small.json").write_text(json.dumps({"runs": runs}), encoding="utf-8")
+    found = scoreboard.recorded("small", stage="lora")
+    assert found == [runs[0], runs[2]] and scoreboard.recorded("small") == runs and scoreboard.recorded("small", stage="none") == []
+    assert scoreboard.seeds(found, "test") == "50%, 10%"
+    assert [r["correct"] for r in scoreboard.pooled(found, "test")] == [1.0, 0.0, 0.5, 0.0, 0.5, 0.0, 0.5, 0.0, 0.5, 0.0]
 
 
 def test_records_are_current():
@@ -288,28 +299,3 @@ def test_nearest_question_and_shots():
     full = list(flights.load_questions("train"))
     for stage, count in {"3-shot": 3, "8-shot": 8, "retrieved-8-shot": 8}.items():
         assert len(baselines.shots_for(stage, full)("how many flights to Boston")) == count
-
-
-def test_plots_have_labelled_axes():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    rows = [
-        scoreboard.row("zero-shot", "test", intervals.score(RECORDS), 1),
-        scoreboard.row("sft", "test", intervals.score(RECORDS), 1, source="recorded"),
-    ]
-    points = [{"examples": n, "accuracy": 0.5, "seed": s} for n in (10, 100) for s in (0, 1)]
-    figures = [
-        plots.accuracy_bars(rows, "t"),
-        plots.mistakes({"a": RECORDS}, "t"),
-        plots.loss_curve([{"step": 1, "loss": "2.0"}, {"step": 2, "loss": "1.0"}], "t"),
-        plots.sweep(points, "examples", "t", {"examples": 50, "accuracy": 0.6}),
-        plots.lines({"a": ([0, 1], [-2.0, -1.0])}, "t", "step", "nats", floor=None),
-        plots.frontier([{"label": "1e-4", "group": g, "style": 0.25, "accuracy": 0.5} for g in ("DPO", "control")], "t"),
-    ]
-    assert figures[4].axes[0].get_ylim()[0] < -1.9 and {tuple(*line.get_xydata()) for line in figures[5].axes[0].get_lines()} == {(25.0, 50.0)}
-    for figure in figures:
-        assert figure.axes[0].get_xlabel() and figure.axes[0].get_title(loc="left") == "t"
-        matplotlib.pyplot.close(figure)
-    labels = [t.get_text() for t in plots.accuracy_bars(rows, "t").axes[0].get_yticklabels()]
-    assert labels == ["zero-shot", "sft (recorded)"]
