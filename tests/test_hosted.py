@@ -21,7 +21,7 @@ HOST = {"COLAB_RELEASE_TAG": "test"}
 
 def test_every_notebook_begins_with_the_same_two_cells():
     assert {tuple(cells[:2]) for cells in CELLS.values()} == {(SETUP, CELLS["00_start_here"][1])}
-    assert len([line for line in SETUP.splitlines() if line.strip()]) <= 6
+    assert len([line for line in SETUP.splitlines() if line.strip()]) <= 11
     assert f"--branch {TAG} {ADDRESS} " in SETUP and f'"course-{TAG}"' in SETUP  # the badge's own tag
     assert all(f'"{variable}"' in SETUP for variable in hosted.HOSTS)
 
