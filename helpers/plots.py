@@ -236,13 +236,22 @@ def frontier(points: list[dict], title: str):
         mine = [p for p in points if p["group"] == group]
         colour, _, marker = LINES[i % len(LINES)]
         place = ([100 * p["style"] for p in mine], [100 * p["accuracy"] for p in mine])
-        axis.plot(*place, marker, linestyle="none", color=colour, markeredgecolor=BLACK, markersize=8, label=group)
+        size = 12 if marker == "o" else 7  # a point that lies on the first one leaves it to be seen
+        axis.plot(*place, marker, linestyle="none", color=colour, markeredgecolor=BLACK, markersize=size, label=group)
         words.append(f"{group}: " + ", ".join(f"{p['label']} at {100 * p['style']:.0f} and {100 * p['accuracy']:.0f}" for p in mine))
     points = sorted(points, key=lambda p: p["style"])
-    for i, p in enumerate(points):  # a label stands on the side where fewer points are near, or above
-        near = [j > i for j, q in enumerate(points) if j != i and max(abs(q[of] - p[of]) for of in ("style", "accuracy")) < 0.05]
-        more = 2 * sum(near) - len(near)  # to the right of it than to the left
-        side = {"xytext": (0, 6), "ha": "center"} if near and not more else {"xytext": (-7, -3), "ha": "right"} if more > 0 else {"xytext": (7, -3)}
+    for i, p in enumerate(points):  # a label stands on the side where fewer points are near, or above; away from them in height, too
+        near = [(j > i, q) for j, q in enumerate(points) if j != i and max(abs(q[of] - p[of]) for of in ("style", "accuracy")) < 0.05]
+        more = 2 * sum(later for later, _ in near) - len(near)  # to the right of it than to the left
+        higher = sum((p["accuracy"] > q["accuracy"]) - (p["accuracy"] < q["accuracy"]) for _, q in near)
+        up = 1 if higher > 0 else -8 if higher < 0 else -3
+        side = (
+            {"xytext": (0, 9), "ha": "center"}
+            if near and not more and not higher
+            else {"xytext": (-8, up), "ha": "right"}
+            if more > 0
+            else {"xytext": (8, up)}
+        )
         axis.annotate(str(p["label"]), (100 * p["style"], 100 * p["accuracy"]), textcoords="offset points", fontsize=8, **side)
     axis.margins(0.12)
     axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=5)
