@@ -200,6 +200,13 @@ def newest() -> None:
     notebooks(folder, COLAB_RELEASE_TAG="newest")
 
 
+def check(resolver_only: bool) -> None:
+    """What pip would move on Colab, and the notebooks on a replica of it."""
+    resolve()
+    if not resolver_only:
+        replica()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m course.colab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -210,19 +217,9 @@ def main() -> int:
     commands.add_parser("newest")
     chosen = parser.parse_args()
     setup()
-    try:
-        if chosen.command == "pins":
-            renew(chosen.freeze, chosen.date)
-        elif chosen.command == "newest":
-            newest()
-        else:
-            resolve()
-            if not chosen.resolver_only:
-                replica()
-    except CourseError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    return 0
+    if chosen.command == "pins":
+        return runner.status(renew, chosen.freeze, chosen.date)
+    return runner.status(newest) if chosen.command == "newest" else runner.status(check, chosen.resolver_only)
 
 
 if __name__ == "__main__":

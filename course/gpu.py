@@ -191,23 +191,20 @@ def report(card: str, notebooks: int | None, rows: list[dict]) -> int:
     return int(not passed)
 
 
+def run(no_notebooks: bool) -> int:
+    """The notebooks as on a T4, then the shapes; the exit status."""
+    need_gpu()
+    notebooks = None if no_notebooks else runner.nbval(runner.all_notebooks(), COURSE_PROFILE="t4")
+    device = card()
+    names = SHAPES if no_notebooks else (*SHAPES, menu.COURSE_MODEL)  # this one's weights are there by now
+    place = (device.kind, device.dtype, 1e9 * device.memory_gb)
+    return report(device.name, notebooks, [check(name, *place, trained=name not in SHAPES) for name in names])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--no-notebooks", action="store_true", help="memory and time of the shapes only")
-    chosen = parser.parse_args(arguments)
-    try:
-        need_gpu()
-        notebooks = None if chosen.no_notebooks else runner.nbval(runner.all_notebooks(), COURSE_PROFILE="t4")
-        device = card()
-        names = SHAPES if chosen.no_notebooks else (*SHAPES, menu.COURSE_MODEL)  # this one's weights are there by now
-        place = (device.kind, device.dtype, 1e9 * device.memory_gb)
-        return report(device.name, notebooks, [check(name, *place, trained=name not in SHAPES) for name in names])
-    except CourseError as says:
-        print(f"\n{says}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
+    return runner.status(run, **vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from course import colab, runner
 from course.hosted import NO_NETWORK, normal
-from helpers import models
-from helpers.runtime import ROOT, CourseError, building, runs_dir, setup, sha256, write_whole
+from helpers import dpo, models
+from helpers.runtime import ROOT, CourseError, building, runs_dir, sha256, write_whole
 
 LINUX = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 29)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]  # glibc 2.28, of 2018, or newer
 MAC = "macOS 14 or newer on Apple silicon"
@@ -155,11 +155,7 @@ def build(platform: str = "linux", python: str = RUNNING) -> Path:
         raise CourseError(f"There is no kit for {platform!r}: PLATFORM can be {', '.join(PLATFORMS)}.")
     if not re.fullmatch(r"3\.\d+", python) or int(python[2:]) < 11:
         raise CourseError(f"There is no kit for Python {python!r}: PYTHON_VERSION is 3.11 or newer, written so.")
-    for recipe, adapter in runner.main_runs().values():  # minutes each, where it is missing
-        if not (recipe.folder() / "adapter" / "adapter_config.json").exists():
-            print(f"{recipe.folder().name} is missing and is made first: several minutes", flush=True)
-            setup()
-        adapter(recipe)
+    made = [dpo.main_adapter(stage) for stage in dpo.main_runs()]  # minutes each, where it is missing
     start, place = time.perf_counter(), target(platform, python)
     fresh = place.parent / ".new" / place.name  # takes the older one's place when it is whole
     shutil.rmtree(fresh, ignore_errors=True)
@@ -171,8 +167,8 @@ def build(platform: str = "linux", python: str = RUNNING) -> Path:
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, scratch / name)
         wheels(kit / "wheels", platform, python)
-        for recipe, adapter in runner.main_runs().values():
-            shutil.copytree(adapter(recipe), kit / "adapters" / recipe.folder().name / "adapter")
+        for adapter in made:
+            shutil.copytree(adapter, kit / "adapters" / adapter.parent.name / "adapter")
         system = PLATFORMS[platform][2]
         manifest(kit, python=python, machine=f"{system['platform_system']} {system['platform_machine']}")
         shutil.copy(ROOT / "course" / "kit_install.py", scratch / "install.py")
@@ -252,15 +248,7 @@ def main() -> int:
     building_one.add_argument("--python", default=RUNNING)
     commands.add_parser("check")
     chosen = vars(parser.parse_args())
-    try:
-        {"build": build, "check": check}[chosen.pop("command")](**chosen)
-    except CourseError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped: nothing half is left. Run the same command again.", file=sys.stderr)
-        return 130
-    return 0
+    return runner.status({"build": build, "check": check}[chosen.pop("command")], **chosen, left="Nothing half is left: run the same command again.")
 
 
 if __name__ == "__main__":

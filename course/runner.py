@@ -86,46 +86,33 @@ def prepare() -> None:
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
-def main_runs() -> dict:
-    """The main runs: stage, its recipe, and what gives the folder of its adapter (trained if it is missing)."""
-    from helpers import dpo, recipes, training
-
-    return {"sft": (recipes.SFTRecipe(), training.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}
-
-
-MINUTES = {"sft": 6, "dpo": 2}  # of training a main run, on 2 cores with fast bfloat16
-
-
 def catch_up(step: str) -> None:
     """`make catch-up STEP=04`: what that notebook needs of the ones before it, found in runs/, taken from the workshop kit, or trained now."""
-    from helpers import adapters, runtime
+    from helpers import adapters, dpo
 
     steps = [name[:2] for name in all_notebooks() if "/" not in name]
     step = step and step.zfill(2)  # 4 is 04
     if step not in steps:
         raise CourseError(f"There is no notebook {step!r}: STEP can be {', '.join(steps)}, as in make catch-up STEP=04.")
     prepare()
-    for stage, (recipe, adapter) in list(main_runs().items())[: max(0, int(step) - 3)]:  # 04 starts from SFT's adapter, 05 from DPO's too
-        folder = recipe.folder() / "adapter"
-        if (folder / "adapter_config.json").exists():
-            print(f"{folder.parent.name}: found in runs/", flush=True)
-        elif not adapters.have_adapter(folder):
-            print(f"{folder.parent.name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {MINUTES[stage]} minutes on 2 cores", flush=True)
-            runtime.setup()
-            adapter(recipe)
+    for stage, (recipe, _) in list(dpo.main_runs().items())[: max(0, int(step) - 3)]:  # 04 starts from SFT's adapter, 05 from DPO's too
+        if adapters.is_adapter(recipe.folder() / "adapter"):
+            print(f"{recipe.folder().name}: found in runs/", flush=True)
+        else:
+            dpo.main_adapter(stage)
     print(f"Ready for notebook {step}.")
 
 
 def exam() -> None:
     """The final exam: the main runs, live, on all of test and the final half of freeform."""
-    from helpers import adapters, flights, generation, models, scoreboard, scoring
+    from helpers import adapters, dpo, flights, generation, models, scoreboard, scoring
 
     splits = {"test": flights.load_questions("test"), "freeform": flights.load_questions("freeform", "final")}
-    for stage, (recipe, adapter) in main_runs().items():
+    for stage, (recipe, _) in dpo.main_runs().items():
         passed = {r["split"] for r in scoreboard.rows() if (r["stage"], r["source"]) == (stage, "live")}
         if splits.keys() <= passed:
             continue
-        model, tokenizer = adapters.load_adapter(adapter(recipe)), models.load_tokenizer()
+        model, tokenizer = adapters.load_adapter(dpo.main_adapter(stage)), models.load_tokenizer()
         for split, questions in splits.items():
             print(f"exam: {stage} on {split} ({len(questions)} questions) … ", end="", flush=True)
             answers, seconds = generation.ask(model, tokenizer, questions)
@@ -146,12 +133,11 @@ def run(fresh: bool) -> None:
     start = time.perf_counter()
     if fresh:
         start_over()
-    from helpers import plots, runtime, scoreboard
+    from helpers import adapters, dpo, plots, runtime, scoreboard
 
     print(f"running on {runtime.setup().name}: {runtime.device().why}")
     prepare()
-    adapters = [recipe.folder() / "adapter" / "adapter_config.json" for recipe, _ in main_runs().values()]
-    if not all(adapter.exists() for adapter in adapters):  # another recipe's or no adapter: its scores would be stale
+    if not all(adapters.is_adapter(recipe.folder() / "adapter") for recipe, _ in dpo.main_runs().values()):  # another recipe's or no adapter: its scores would be stale
         scoreboard.scoreboard_path().unlink(missing_ok=True)
     for name in CORE:
         execute(name, runs_dir() / "notebooks" / f"{name}.ipynb")
@@ -159,7 +145,7 @@ def run(fresh: bool) -> None:
     for recorded in scoreboard.recorded_rows(scoreboard.MAIN):
         scoreboard.add(recorded)
     print("\n" + scoreboard.table().to_string(index=False))
-    best = [r for r in scoreboard.rows() if r["split"] == "test" and (r["stage"] not in main_runs() or r["source"] == "live") and r["seed"] == 0]
+    best = [r for r in scoreboard.rows() if r["split"] == "test" and (r["stage"] not in dpo.main_runs() or r["source"] == "live") and r["seed"] == 0]
     plots.accuracy_bars(best, f"{best[0]['n']} test questions, in phrasings never trained on").savefig(runs_dir() / "scoreboard.png")
     print(f"\nscoreboard.json and scoreboard.png are in {runs_dir().name}/; {(time.perf_counter() - start) / 60:.1f} minutes in all")
 
@@ -228,6 +214,19 @@ def lock() -> None:
     (ROOT / "constraints.txt").write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n", encoding="utf-8", newline="\n")
 
 
+def status(command, /, *arguments, left: str = "", **named) -> int:
+    """Runs a command; the exit status: its own if it gives one, 1 after a CourseError's sentence, 130 after Ctrl-C (`left`: what to say then)."""
+    try:
+        result = command(*arguments, **named)
+        return result if isinstance(result, int) else 0
+    except CourseError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nStopped. {left}".rstrip(), file=sys.stderr)
+        return 130
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m course", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -241,12 +240,4 @@ def main() -> int:
     commands.add_parser("lock")
     chosen = vars(parser.parse_args())
     does = {"run": run, "catch-up": catch_up, "refresh": refresh, "test": test, "unit": unit, "notebooks": notebooks, "alone": alone, "lock": lock}
-    command = does[chosen.pop("command")]
-    try:
-        return command(**chosen) or 0
-    except CourseError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. What was finished is kept: run the same command to go on.", file=sys.stderr)
-        return 130
+    return status(does[chosen.pop("command")], **chosen, left="What was finished is kept: run the same command to go on.")

@@ -32,7 +32,7 @@ def load_adapter(folder: Path, bits: int = 4, dtype=None, trainable: bool = Fals
     """The course model at `bits` bits with an exported adapter on it, ready to answer (`trainable`: to be trained further)."""
     from peft import PeftModel
 
-    if not (Path(folder) / "adapter_config.json").exists():
+    if not is_adapter(folder):
         raise CourseError(f"There is no adapter in {Path(folder).name}/: training.sft_adapter() and dpo.adapter() train theirs when missing.")
     model = PeftModel.from_pretrained(load_model(bits, dtype), folder, is_trainable=trainable).train(trainable)
     model.peft_config["default"].base_model_name_or_path = model.name_or_path  # else PEFT asks the Hub for it at each checkpoint
@@ -47,6 +47,11 @@ def merge(model):
     if any(type(p).__name__ in ("Params4bit", "Int8Params") for p in model.parameters()):
         raise CourseError("Merging into quantized weights would round the adapter away in part: load the base with bits=16 and merge there.")
     return model.merge_and_unload()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether an exported adapter stands in a folder."""
+    return (Path(folder) / "adapter_config.json").exists()
 
 
 def have_adapter(folder: Path) -> bool:
@@ -65,4 +70,4 @@ def have_adapter(folder: Path) -> bool:
                 if listed != {run + path.name: sha256(path) for path in scratch.iterdir()}:
                     raise CourseError(f"The kit's copy of {folder.parent.name} is damaged: copy the kit again, or remove {kit / run}.")
                 print(f"{folder.parent.name}: taken from the workshop kit")
-    return (folder / "adapter_config.json").exists()
+    return is_adapter(folder)

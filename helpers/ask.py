@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 
-from helpers import adapters, dpo, flights, generation, models, recipes, scoring, sql, training
+from helpers import adapters, dpo, flights, generation, models, scoring, sql
 from helpers.runtime import CourseError, setup
 
 MAX_QUESTION = 500  # characters
@@ -20,13 +20,10 @@ class Asker:
 
     def __init__(self, stage: str = "sft"):
         setup()
-        recipe, adapter = {"base": (None, None), "sft": (recipes.SFTRecipe(), training.sft_adapter), "dpo": (dpo.DPORecipe(), dpo.adapter)}[stage]
-        self.system = flights.SYSTEM_PROMPT if adapter else flights.SCHEMA_PROMPT
+        self.system = flights.SCHEMA_PROMPT if stage == "base" else flights.SYSTEM_PROMPT
         self.tokenizer = models.load_tokenizer()
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
-            if recipe and not adapters.have_adapter(recipe.folder() / "adapter"):
-                print(f"{stage} is not trained yet: it is now, from its last checkpoint if there is one (on 2 CPU cores 6 minutes for sft, 2 more for dpo).")
-            self.model = adapters.load_adapter(adapter()) if adapter else models.load_model()
+            self.model = models.load_model() if stage == "base" else adapters.load_adapter(dpo.main_adapter(stage))
         self.worker = sql.Worker(flights.database_path())
 
     def answer(self, question: str) -> dict:
@@ -66,7 +63,7 @@ def show(reply: dict, limit: int = 20) -> str:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.ask", description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="?", help="a question in plain English")
-    parser.add_argument("--stage", choices=["base", "sft", "dpo"], default="sft", help="as it comes, fine-tuned, or in the house style (trained if need be)")
+    parser.add_argument("--stage", choices=["base", *dpo.main_runs()], default="sft", help="as it comes, fine-tuned, or in the house style (trained if need be)")
     parser.add_argument("--jsonl", action="store_true", help="one question a line from standard input, one JSON object a line out")
     chosen = parser.parse_args(arguments)
     if not chosen.jsonl and not chosen.question:

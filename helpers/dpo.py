@@ -8,10 +8,11 @@ from pathlib import Path
 from helpers import adapters, flights, training
 from helpers.models import load_tokenizer
 from helpers.recipes import SFTRecipe
-from helpers.runtime import DATA, CourseError, device, runs_dir, seed_everything
+from helpers.runtime import DATA, CourseError, device, runs_dir, seed_everything, setup
 
 PREFERENCES = DATA / "preferences"
 CONSTRUCTIONS = ("style", "correctness", "off_policy")  # the committed sets of pairs: data/preferences/<name>.jsonl
+MINUTES = {"sft": 6, "dpo": 2}  # of training a main run, on 2 cores with fast bfloat16
 PROBE = 32  # pairs at the end of a set that no run trains on: their log-probabilities are watched
 
 
@@ -238,3 +239,23 @@ def adapter(recipe: DPORecipe | None = None) -> Path:
     if not adapters.have_adapter(folder):
         training.finish(make_trainer(recipe, start_model(recipe), load_tokenizer()))
     return folder
+
+
+# ---------------------------------------------------------------- the main runs
+
+
+def main_runs() -> dict:
+    """The main runs, of notebooks 03 and 04: stage, its recipe, and what gives the folder of its adapter (trained if it is missing)."""
+    return {"sft": (SFTRecipe(), training.sft_adapter), "dpo": (DPORecipe(), adapter)}
+
+
+def main_adapter(stage: str) -> Path:
+    """The folder of a main run's adapter: from `runs/` or the workshop kit, else trained now, and said so before."""
+    recipe, make = main_runs()[stage]
+    if not adapters.have_adapter(recipe.folder() / "adapter"):
+        if stage == "dpo":
+            main_adapter("sft")  # where it starts
+        name, minutes = recipe.folder().name, MINUTES[stage]
+        print(f"{name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {minutes} minutes on 2 cores", flush=True)
+        setup()
+    return make(recipe)

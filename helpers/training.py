@@ -5,7 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from helpers.adapters import export_adapter, have_adapter
+from helpers.adapters import export_adapter, have_adapter, is_adapter
 from helpers.models import load_model, load_tokenizer
 from helpers.recipes import LOSS_ROWS, SFTRecipe, memory_advice, needs_checkpointing, peft_config, step_options, training_rows, training_set
 from helpers.runtime import CourseError, device, progress_bar, seed_everything, write_whole
@@ -267,7 +267,7 @@ def finish(trainer) -> dict:
 
     folder = Path(trainer.args.output_dir)
     done = folder / "history.json"
-    if done.exists() and (folder / "adapter" / "adapter_config.json").exists():
+    if done.exists() and is_adapter(folder / "adapter"):
         print("This very recipe was trained before: its adapter is loaded. Delete runs/ (or make course FRESH=1) to train again.")
         set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         return json.loads(done.read_text(encoding="utf-8"))

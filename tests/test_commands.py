@@ -11,6 +11,7 @@ import pytest
 
 from course import sweeps
 from helpers import ask, baselines, doctor, flights, generation, scoreboard
+from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT, CourseError
 
 # ---------------------------------------------------------------- doctor
@@ -59,8 +60,8 @@ def test_each_stage_has_its_model_and_prompt(monkeypatch, capsys):
     monkeypatch.setattr(ask.models, "load_tokenizer", lambda: None)
     monkeypatch.setattr(ask.models, "load_model", lambda: "base")
     monkeypatch.setattr(ask.adapters, "load_adapter", lambda folder: folder)
-    monkeypatch.setattr(ask.training, "sft_adapter", lambda: "sft adapter")
-    monkeypatch.setattr(ask.dpo, "adapter", lambda: "dpo adapter")
+    monkeypatch.setattr(ask.dpo.training, "sft_adapter", lambda recipe: "sft adapter")
+    monkeypatch.setattr(ask.dpo, "adapter", lambda recipe: "dpo adapter")
     for stage, model, system in (
         ("base", "base", flights.SCHEMA_PROMPT),
         ("sft", "sft adapter", flights.SYSTEM_PROMPT),
@@ -70,7 +71,7 @@ def test_each_stage_has_its_model_and_prompt(monkeypatch, capsys):
         assert (asker.model, asker.system) == (model, system)
         asker.close()
     out, err = capsys.readouterr()
-    assert out == "" and err.count("from the kit") == 2 and err.count("is not trained yet") == 1 and "sft is not trained yet" in err
+    assert out == "" and err.count("from the kit") == 2 and err.count("neither in runs/ nor in a kit") == 1 and f"{SFTRecipe().folder().name}: neither" in err
 
 
 class FakeAsker(ask.Asker):
@@ -210,9 +211,10 @@ def test_a_changed_recipe_is_stale(monkeypatch):
 
 def test_records_hold_every_question():
     for name in sweeps.plan():
+        asked = {split: list(questions["id"]) for split, questions in sweeps.splits(name).items()}
         for run in scoreboard.recorded(name):
-            for split, questions in sweeps.splits(name).items():
-                assert [r["id"] for r in run["splits"][split]["records"]] == list(questions["id"])
+            for split, ids in asked.items():
+                assert [r["id"] for r in run["splits"][split]["records"]] == ids
             assert run["versions"]["torch"] and run["machine"] and "/" not in run["machine"]
 
 

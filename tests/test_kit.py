@@ -141,7 +141,7 @@ def test_an_interrupted_copy_leaves_nothing(workshop, trained, monkeypatch):
 )
 def test_catch_up_makes_what_a_notebook_needs(step, stages, prepared, trained, monkeypatch, capsys):
     monkeypatch.setattr(runner, "all_notebooks", lambda: [*runner.CORE, "05_next", "06_last"])
-    monkeypatch.setattr("helpers.runtime.setup", lambda: None)
+    monkeypatch.setattr(dpo, "setup", lambda: None)
     runner.catch_up(step)
     names = {"sft": f"{SFT.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 6 minutes on 2 cores"}
     names["dpo"] = f"{DPO.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 2 minutes on 2 cores"
@@ -152,6 +152,14 @@ def test_catch_up_makes_what_a_notebook_needs(step, stages, prepared, trained, m
     runner.catch_up(step)
     found = [f"{recipe.folder().name}: found in runs/" for recipe in (SFT, DPO)][: len(stages)]
     assert capsys.readouterr().out.splitlines()[3:-1] == found and len(trained) == len(stages)
+
+
+def test_a_main_run_says_before_it_trains_and_what_it_starts_from_comes_first(trained, monkeypatch, capsys):
+    monkeypatch.setattr(dpo, "setup", lambda: None)
+    assert dpo.main_adapter("dpo") == DPO.folder() / "adapter" and trained == [SFT, DPO]
+    says = "{}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {} minutes on 2 cores"
+    assert capsys.readouterr().out.splitlines() == [says.format(SFT.folder().name, 6), says.format(DPO.folder().name, 2)]
+    assert dpo.main_adapter("dpo") == DPO.folder() / "adapter" and len(trained) == 2 and capsys.readouterr().out == ""
 
 
 def test_catch_up_takes_from_the_kit_first(workshop, prepared, trained, capsys):

@@ -9,7 +9,7 @@ import tomllib
 import nbformat
 import pytest
 
-from course import runner
+from course import colab, gpu, kit, runner
 from helpers import runtime
 from helpers.runtime import ROOT, CourseError
 
@@ -64,7 +64,7 @@ def imported(package):
 
 
 def test_every_import_of_helpers_is_a_named_dependency():
-    ours = {"helpers", "course", "google"}  # google.colab is there on Colab or not at all
+    ours = {"helpers", "course", "google", "IPython"}  # google.colab is there on Colab or not at all, IPython wherever a notebook runs
     third = {m.lower() for package in ours for m in imported(package) if m not in sys.stdlib_module_names and m not in ours}
     third = {{"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}.get(m, m) for m in third}
     named = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["lab"])
@@ -301,3 +301,30 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["course", "refresh"])
     assert runner.main() == 130
     assert "run the same command to go on" in capsys.readouterr().err
+
+
+def test_each_command_ends_with_its_own_status():
+    assert [runner.status(lambda result=result: result) for result in (None, 0, 3, ROOT)] == [0, 0, 3, 0]
+    assert runner.status(lambda a, b: a + b, 2, b=5) == 7
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "broken", "left"),
+    [
+        (kit, ["kit", "build"], "build", " Nothing half is left: run the same command again."),
+        (gpu, ["gpu"], "run", ""),
+        (colab, ["colab", "check"], "resolve", ""),
+        (colab, ["colab", "newest"], "newest", ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_every_command_tells_an_error_and_a_stop_in_one_sentence(module, command, broken, left, monkeypatch, capsys):
+    for error, status, says in ((CourseError("Do this next."), 1, "Do this next."), (KeyboardInterrupt(), 130, f"Stopped.{left}")):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(module, broken, fails)
+        monkeypatch.setattr(module, "setup", lambda: None, raising=False)
+        monkeypatch.setattr(sys, "argv", command)
+        assert module.main() == status and capsys.readouterr().err == f"\n{says}\n"
