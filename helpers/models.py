@@ -114,6 +114,7 @@ def quantization_config(bits: int, dtype, quant_type: str = "nf4", double_quant:
 def load_model(bits: int = 16, dtype=None, quant_type: str = "nf4", double_quant: bool = False, name: str | None = None):
     """A model of the menu on this machine's device, weights at `bits` bits, the rest in `dtype` (default: the device's).
 
+    bits: 8 or 4, or 16 for weights that aren't quantized: they too are in `dtype`, and so take 32 bits where that is float32.
     `name` is the menu's; without it, COURSE_MODEL's, else the course model.
     """
     import torch

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from helpers import baselines
+from helpers import baselines, intervals
 from helpers.intervals import Score, score
 from helpers.runtime import DATA, runs_dir, write_whole
 
@@ -46,10 +46,21 @@ def record(stage: str, split: str, records: list[dict], seconds: float, seed: in
     return add(row(stage, split, score(records), seconds, seed))
 
 
-def recorded(name: str) -> list[dict]:
-    """The recorded runs of a sweep (data/results/<name>.json), each with its per-question results."""
+def recorded(name: str, stage: str | None = None) -> list[dict]:
+    """The recorded runs of a sweep (data/results/<name>.json), all or one stage's, each with its per-question results."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    return [run for run in runs if stage in (None, run["stage"])]
+
+
+def pooled(runs: list[dict], split: str) -> list[dict]:
+    """The records of several recorded seeds on one split as one (`intervals.pooled`)."""
+    return intervals.pooled([run["splits"][split]["records"] for run in runs])
+
+
+def seeds(runs: list[dict], split: str) -> str:
+    """Each recorded seed's accuracy on a split, as "27%, 28%, 25%"."""
+    return ", ".join(f"{score(run['splits'][split]['records']).accuracy:.0%}" for run in runs)
 
 
 def recorded_rows(sweeps=("baselines", "sft")) -> list[dict]:
