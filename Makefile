@@ -10,7 +10,7 @@ TORCH_INDEX ?= $(shell if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/d
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install course catch-up kit kit-check test test-fast test-unit test-notebooks test-alone lab refresh timings sweeps sweeps-check bench colab-check newest-check gpu-check lint-workflows lock clean
+.PHONY: help install course catch-up kit kit-check test test-fast test-unit test-notebooks test-alone lab refresh timings sweeps sweeps-check bench colab-check newest-check laptop-check gpu-check lint-workflows lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ colab-check: install ## what the set-up cell moves on Colab, and the notebooks o
 
 newest-check: install ## the notebooks with the newest version of every library
 	@$(RUN) -m course.colab newest
+
+laptop-check: install ## 00-04 and the tests that depend on the device in float32, as on a laptop without fast bfloat16 (any x86)
+	@$(RUN) -m course.laptop
 
 gpu-check: install ## on an NVIDIA GPU: the notebooks as on a T4; memory and step time of 1.7B and 7B shapes
 	@$(RUN) -m course.gpu

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -138,6 +139,10 @@ def load_model(bits: int = 16, dtype=None, quant_type: str = "nf4", double_quant
         attn_implementation="sdpa",
         device_map={"": where.kind},
     )
+    if os.environ.get("COURSE_PROFILE") == "laptop":
+        for module in model.modules():  # bitsandbytes asks the processor itself: with AVX512-BF16 it would pack and compute in bfloat16, float32 or not
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     ends, pad = model.config.eos_token_id, model.config.pad_token_id
     model.generation_config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) if pad is None else pad
     # 32 tokens through a larger model, in training mode: an answer would pack 4-bit weights on a CPU

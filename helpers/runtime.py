@@ -9,10 +9,11 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 import timeit
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,13 +167,18 @@ def device() -> Device:
     """This machine's facts, gathered once per process, and what `decide` makes of them.
 
     COURSE_PROFILE=t4 makes any CUDA GPU pass for a T4: its capability, and 14.5 GiB for this process (set before the
-    first call). Raises CourseError for another profile and where there is no CUDA GPU.
+    first call). COURSE_PROFILE=laptop makes any machine pass for one without fast bfloat16 and without a GPU (set before
+    helpers is imported, which then has torch use AVX2 alone). Raises CourseError for what can't be had.
     """
     import torch
 
     on_cuda, profile = torch.cuda.is_available(), os.environ.get("COURSE_PROFILE")
+    processor = platform.processor() or platform.machine()
+    if profile == "laptop":
+        laptop = decide("cpu", f"{processor} as a laptop", memory_gb(), speedup=1.0)
+        return replace(laptop, why="COURSE_PROFILE=laptop asks for it, as on a processor without fast bfloat16")
     if profile and not (on_cuda and profile == "t4"):
-        raise CourseError(f"COURSE_PROFILE={profile} can't be had here: the one profile is t4, on a machine with a CUDA GPU; unset it otherwise.")
+        raise CourseError(f"COURSE_PROFILE={profile} can't be had here: there is t4, on a machine with a CUDA GPU, and laptop; unset it otherwise.")
     if on_cuda:
         gpu = torch.cuda.get_device_properties(0)
         if not profile:
@@ -180,7 +186,7 @@ def device() -> Device:
         memory = min(gpu.total_memory, T4_BYTES)
         torch.cuda.set_per_process_memory_fraction(memory / gpu.total_memory, 0)
         return decide("cuda", f"{gpu.name} as a T4", memory / 1e9, (7, 5))
-    return decide("cpu", platform.processor() or platform.machine(), memory_gb(), speedup=bfloat16_speedup())
+    return decide("cpu", processor, memory_gb(), speedup=bfloat16_speedup())
 
 
 def memory_gb() -> float:
@@ -215,10 +221,35 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class _Told:
+    """What a progress bar writes to in place of a terminal: the file has its last line, whole, and is renewed twice a second at most."""
+
+    def __init__(self, path: Path, pause: float = 0.5):
+        self.path, self.pause, self.last = path, pause, float("-inf")
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text and time.monotonic() - self.last < self.pause:
+            return
+        self.last = time.monotonic()
+        with suppress(OSError):  # Windows: somebody is reading it; the next line comes soon
+            write_whole(self.path, text)
+
+    def flush(self) -> None:
+        pass
+
+
 def progress_bar(total: int, label: str):
-    """A progress bar that leaves nothing behind in a stored notebook (it is shown on a terminal or a live notebook)."""
+    """A progress bar that leaves nothing behind in a stored notebook (it is shown on a terminal or a live notebook).
+
+    Where COURSE_PROGRESS_FILE names a file, its one line goes there instead: whoever executes the notebook shows it.
+    """
+    from tqdm import tqdm as plain
     from tqdm.auto import tqdm
 
+    if label and (path := os.environ.get("COURSE_PROGRESS_FILE")):
+        form = "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        return plain(total=total, desc=label, file=_Told(Path(path)), bar_format=form, mininterval=0.5, leave=False)
     return tqdm(total=total, desc=label, disable=not label or os.environ.get("COURSE_PROGRESS") == "0", leave=False)
 
 

@@ -1,8 +1,14 @@
 """Shared fixtures. Tests use the user's cache for model and database, and a runs folder of their own."""
 
+import functools
+import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
+
+import helpers  # noqa: F401  # before torch
 
 os.environ.setdefault("COURSE_PROGRESS", "0")
 
@@ -10,6 +16,39 @@ os.environ.setdefault("COURSE_PROGRESS", "0")
 @pytest.fixture(autouse=True)
 def own_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+
+
+def shorten(layers: int, target: Path) -> Path:
+    """The course model's folder with the first few of its 30 layers: real weights, for what holds of a model of any depth, in less time."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from helpers import models
+
+    source = models.model_path()
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.safetensors", "manifest.json"))
+    with safe_open(source / "model.safetensors", "pt") as file:
+        kept = [name for name in file.keys() if ".layers." not in name or int(name.split(".")[2]) < layers]  # noqa: SIM118
+        save_file({name: file.get_tensor(name) for name in kept}, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}), encoding="utf-8")
+    return target
+
+
+@pytest.fixture(scope="session")
+def shortened(tmp_path_factory):
+    """In place of `models.model_path`: the course model with 4 layers, made when it is first asked for."""
+    return functools.cache(lambda name=None: shorten(4, tmp_path_factory.mktemp("shortened") / "SmolLM2-135M-Instruct"))
+
+
+@pytest.fixture(scope="module")
+def short_model(shortened):
+    """For a whole file of tests that train: `models.load_model` gives 4 of the model's 30 layers."""
+    from helpers import models
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "model_path", shortened)
+        yield
 
 
 @pytest.fixture(scope="session")

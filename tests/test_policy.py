@@ -11,6 +11,7 @@ from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError
 
+pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=4, rank=4, alpha=8, batch_size=2, warmup_steps=0)
 PAIRS = [{"prompt": f"flights in month {m}?", "chosen": f"SELECT {m} AS month", "rejected": f"SELECT COUNT({m})"} for m in range(1, 13)]
 ROWS = [{"question": p["prompt"], "sql": p["chosen"]} for p in PAIRS]
@@ -72,6 +73,8 @@ def cuda(monkeypatch):
     """A machine with the GPU given, as torch reports it; returns what was set as this process's share of its memory."""
     import torch
 
+    monkeypatch.delenv("COURSE_PROFILE", raising=False)
+
     def machine(gpu):
         shares = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -120,8 +123,21 @@ def test_a_profile_that_cannot_be(cuda, monkeypatch, profile, gpu):
     else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COURSE_PROFILE", profile)
-    with pytest.raises(CourseError, match=f"^COURSE_PROFILE={profile} can't be had here: the one profile is t4, on a machine with a CUDA GPU"):
+    with pytest.raises(CourseError, match=f"^COURSE_PROFILE={profile} can't be had here: there is t4, on a machine with a CUDA GPU, and laptop; unset it otherwise.$"):
         runtime.device.__wrapped__()
+
+
+@pytest.mark.parametrize("gpu", [None, H100])
+def test_a_laptop_is_float32_on_a_cpu_whatever_there_is(cuda, monkeypatch, gpu):
+    if gpu:
+        cuda(gpu)
+    monkeypatch.setattr(runtime, "bfloat16_speedup", lambda: 3.0)
+    monkeypatch.setenv("COURSE_PROFILE", "laptop")
+    laptop = runtime.device.__wrapped__()
+    assert (laptop.kind, laptop.dtype_name, laptop.course_loss, laptop.capability) == ("cpu", "float32", True, None)
+    assert laptop.name.endswith(" as a laptop") and laptop.why.startswith("COURSE_PROFILE=laptop ") and laptop.flags["bf16"] is False
+    monkeypatch.setenv("COURSE_PROFILE", "")
+    assert runtime.device.__wrapped__().dtype_name == "bfloat16"
 
 
 def test_an_empty_profile_is_none(monkeypatch):
