@@ -9,7 +9,8 @@ import contextlib
 import json
 import sys
 
-from helpers import adapters, dpo, flights, generation, models, scoring, sql
+from helpers import adapters, dense, dpo, flights, generation, models, sql
+from helpers.extract import complete, extract_sql
 from helpers.runtime import CourseError, setup
 
 MAX_QUESTION = 500  # characters
@@ -24,6 +25,8 @@ class Asker:
         self.tokenizer = models.load_tokenizer()
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
             self.model = models.load_model() if stage == "base" else adapters.load_adapter(dpo.main_adapter(stage))
+        self.whole = contextlib.ExitStack()
+        self.whole.enter_context(dense.written_out(self.model))  # once, not once a question
         self.worker = sql.Worker(flights.database_path())
 
     def answer(self, question: str) -> dict:
@@ -33,8 +36,8 @@ class Asker:
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
         if len(question) > MAX_QUESTION:
             return reply | {"error": f"The question has {len(question):,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
-        text = generation.generate(self.model, self.tokenizer, [flights.chat(question, self.system)])[0]
-        reply["sql"] = scoring.extract_sql(text)
+        text = generation.generate(self.model, self.tokenizer, [flights.chat(question, self.system)], stop=complete)[0]
+        reply["sql"] = extract_sql(text)
         if not reply["sql"]:
             return reply | {"error": flights.REFUSAL if flights.REFUSAL[:-1] in text else "The model wrote no query; try other words."}
         try:
@@ -45,6 +48,7 @@ class Asker:
 
     def close(self) -> None:
         self.worker.close()
+        self.whole.close()
 
 
 def show(reply: dict, limit: int = 20) -> str:

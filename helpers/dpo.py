@@ -5,14 +5,13 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from helpers import adapters, flights, training
+from helpers import adapters, flights, times, training
 from helpers.models import load_tokenizer
 from helpers.recipes import SFTRecipe
 from helpers.runtime import DATA, CourseError, device, runs_dir, seed_everything, setup
 
 PREFERENCES = DATA / "preferences"
 CONSTRUCTIONS = ("style", "correctness", "off_policy")  # the committed sets of pairs: data/preferences/<name>.jsonl
-MINUTES = {"sft": 6, "dpo": 2}  # of training a main run, on 2 cores with fast bfloat16
 PROBE = 32  # pairs at the end of a set that no run trains on: their log-probabilities are watched
 
 
@@ -94,7 +93,7 @@ def log_probs(model, tokenizer, prompts: list[str], answers: list[str], batch_si
             place = torch.arange(width, device=model.device)
             starts, ends = (torch.tensor(t, device=model.device)[:, None] for t in ([p for _, p in rows], [len(i) for i, _ in rows]))
             answer = ((place >= starts) & (place < ends))[:, 1:]  # (rows, width - 1): the positions that are predicted
-            hidden = training.hidden_states(model, base, ids, (place < ends).long())[:, :-1][answer]
+            hidden = training.hidden_states(model, base, ids, (place < ends).long(), share=device().course_loss)[:, :-1][answer]
             values = training.token_log_probs(hidden.to(head.dtype), head, ids[:, 1:][answer])
             found += [float(part.sum()) for part in values.split(answer.sum(1).tolist())]
     return found
@@ -167,15 +166,18 @@ def cpu_trainer_class():
     from trl import DPOTrainer
 
     class CpuDPOTrainer(DPOTrainer):
+        share_prefix = False  # as the SFT trainer's
+
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             base, theirs = self.model.get_base_model(), self.model.get_base_model().forward
 
             @functools.wraps(type(base).forward)
-            def forward(*args, fused_lm_head=False, labels=None, **kwargs):
+            def forward(input_ids=None, attention_mask=None, fused_lm_head=False, labels=None, **kwargs):
                 if not fused_lm_head:
-                    return theirs(*args, labels=labels, **kwargs)
-                hidden, targets, head = base.model(*args, **kwargs).last_hidden_state[:, :-1], labels[:, 1:], base.lm_head.weight
+                    return theirs(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+                hidden = training.hidden_states(self.model, base, input_ids, attention_mask, self.share_prefix)[:, :-1]
+                targets, head = labels[:, 1:], base.lm_head.weight
                 answer = targets != -100
                 values = training.token_log_probs(hidden[answer].to(head.dtype), head, targets[answer])
                 nothing = torch.zeros(answer.shape)
@@ -255,7 +257,7 @@ def main_adapter(stage: str) -> Path:
     if not adapters.have_adapter(recipe.folder() / "adapter"):
         if stage == "dpo":
             main_adapter("sft")  # where it starts
-        name, minutes = recipe.folder().name, MINUTES[stage]
-        print(f"{name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {minutes} minutes on 2 cores", flush=True)
         setup()
+        what = f"{recipe.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one"
+        times.announce(what, times.sft(recipe) if stage == "sft" else times.dpo(recipe))
     return make(recipe)

@@ -1,71 +1,163 @@
-"""Asking a model many questions: batched generation over a shared prefix."""
+"""Asking a model many questions: greedy or sampled answers, in batches that share what all prompts begin with."""
 
-import copy
 import itertools
 import time
+from dataclasses import dataclass, field
 
+from helpers import dense, prefix
+from helpers.extract import complete
 from helpers.flights import SYSTEM_PROMPT, chat
 from helpers.runtime import progress_bar
 
+ROWS = 128  # at most at once
+CACHE_BYTES = 1e9  # of keys and values at once on a CPU; on a GPU half of what is free
+READ_TOKENS = 2048  # of prompts at once: more only takes memory
 
-def generate(model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int = 32, progress: str = "", temperature: float = 0) -> list[str]:
+
+def generate(
+    model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int | None = None, progress: str = "", temperature: float = 0, stop=None
+) -> list[str]:
     """Answers to a list of chats (each a list of messages), in the order asked: greedy, or sampled at a `temperature`.
 
-    Batched, padded on the left, sorted by length so that little is padding; stops at the end of the turn. What all
-    prompts begin with (a schema, few-shot examples) is run through the model once and its key/value cache reused.
-    In float32 the answers don't depend on the batch size (tested); in 16 bits a near-tie can fall either way.
-    `progress` names the progress bar (none if empty).
+    What all prompts begin with (a schema, few-shot examples) is run through the model once, and one copy of its keys and
+    values serves all rows (`prefix`). A row ends at the end of the turn, or where `stop`, a function of the text so far, says
+    so; the next question then takes its place. `batch_size`: rows at once (None: as many as memory allows). In float32 the
+    answers don't depend on it (tested); in 16 bits a near-tie can fall either way. `progress` names the bar (none if empty).
     """
     import torch
 
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
-    shared = _shared_prefix(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    with torch.inference_mode(), _contiguous_head(model), progress_bar(len(prompts), progress) as bar:
-        read = model(input_ids=torch.tensor([prompts[0][:shared]], device=model.device), use_cache=True, logits_to_keep=1) if shared else {}
-        prefix = {name: read[name] for name in {"past_key_values", "cache"} & set(read)}  # its name before and from transformers 5.24 on
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            asked = [prompts[i] for i in batch]
-            for i, answer in zip(batch, _generate_batch(model, tokenizer, asked, prefix, shared, max_new_tokens, **sampling), strict=True):
-                answers[i] = answer
-            bar.update(len(batch))
+    if not prompts:
+        return answers
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    with torch.inference_mode(), prefix.attention(base), dense.written_out(model), progress_bar(len(prompts), progress) as bar:
+        for row, ids in _Run(model, base, prompts, max_new_tokens, batch_size, temperature).answers(stop and (lambda ids: stop(_text(tokenizer, ids)))):
+            answers[row] = _text(tokenizer, ids).strip()
+            bar.update(1)
     return answers
 
 
-def _contiguous_head(model):
-    """Hands the LM head a contiguous tensor, within a `with`. The last position of each prompt is a strided slice, for which
-    torch's CPU matmul copies the head's weights once a prompt: 1.8 GB for 32, and more than half of the time."""
-    return model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+def _text(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _shared_prefix(prompts: list[list[int]]) -> int:
-    """How many leading tokens all prompts share (never a whole prompt); 0 where caching them isn't worth it."""
-    shortest, longest = min(prompts), max(prompts)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shortest, longest, strict=False))
-    shared = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-    return shared if shared >= 64 and len(prompts) > 1 else 0
+@dataclass
+class _Row:
+    """A question that is being answered: its place in the list, its own tokens in the cache, its answer so far."""
+
+    number: int
+    length: int
+    answer: list[int] = field(default_factory=list)
 
 
-def _generate_batch(model, tokenizer, prompts, prefix, shared, max_new_tokens, **sampling) -> list[str]:
-    """`prefix` holds the key/value cache of the first `shared` tokens under its name in transformers; {} and 0 where none is kept."""
-    import torch
+class _Run:
+    """One call's state. `prompts`: token ids of each; what they share is read when the run is made."""
 
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
-    # cached tokens stand first, then the padding, then the rest
-    ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
-    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=model.device)
-    for name, kept in prefix.items():
-        sampling[name] = copy.deepcopy(kept)
-        sampling[name].batch_repeat_interleave(len(prompts))
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
-    return [t.strip() for t in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+    def __init__(self, model, base, prompts, limit: int, batch_size: int | None, temperature: float):
+        import torch
+
+        self.base, self.prompts, self.limit, self.temperature, self.device = base, prompts, limit, temperature, base.device
+        ends = base.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.shared = prefix.shared_length(prompts)
+        room = max(map(len, prompts)) - self.shared + limit
+        slots = min(len(prompts), batch_size or max(1, min(ROWS, int(self._cache_bytes() // (room * self._token_bytes())))))
+        self.kept, self.last = prefix.KeyValues(slots, room), torch.zeros(slots, dtype=torch.long, device=self.device)
+        virtual = self._virtual(model)
+        self.before = self.shared + (0 if virtual is None else virtual.shape[1])  # positions that stand before every row's own tokens
+        if self.before:
+            said = base.get_input_embeddings()(torch.tensor([prompts[0][: self.shared]], dtype=torch.long, device=self.device))
+            said = said if virtual is None else torch.cat([virtual.to(said.dtype), said], 1)
+            self._forward(torch.arange(self.before, device=self.device)[None], inputs_embeds=said)
+
+    def _token_bytes(self) -> int:
+        config = self.base.config
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.base.dtype.itemsize
+
+    def _cache_bytes(self) -> float:
+        import torch
+
+        return torch.cuda.mem_get_info()[0] / 2 if self.device.type == "cuda" else CACHE_BYTES
+
+    def _virtual(self, model):
+        """Prompt tuning's embeddings (1, virtual tokens, width), which stand before every prompt; None without."""
+        config = getattr(model, "active_peft_config", None)
+        return model.get_prompt(1) if config is not None and config.is_prompt_learning else None
+
+    def _forward(self, places, **inputs):
+        """The last hidden states (rows, tokens, width) of new tokens at the positions `places`."""
+        cache = {prefix.cache_argument(type(self.base.model)): self.kept}
+        return self.base.model(position_ids=places, use_cache=True, kept=self.kept, **cache, **inputs)[0]
+
+    def _choose(self, hidden):
+        """The next token of each row from its last hidden state, (rows, width)."""
+        head = self.base.lm_head  # its product the other way round, vocabulary first: on a CPU up to half again as quick
+        logits = (head.weight @ hidden.T.contiguous()).T if head.bias is None and hidden.device.type == "cpu" and len(hidden) > 1 else head(hidden)
+        if not self.temperature:
+            return logits.argmax(-1)
+        return (logits.float() / self.temperature).softmax(-1).multinomial(1)[:, 0]
+
+    def answers(self, stop):
+        """Yields (number, token ids) as rows end. `stop`: whether an answer is complete by its token ids; None: only at its end."""
+        waiting = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))  # like lengths together: little is padding
+        rows: list[_Row] = []
+        while waiting or rows:
+            free, first = self.kept.slots - len(rows), 0
+            if waiting and (not rows or free >= self.kept.slots / 4):  # several at once: each reading takes all weights through the processor
+                first = len(rows)
+                while waiting and len(rows) < self.kept.slots:
+                    group = self._group(waiting, self.kept.slots - len(rows))
+                    rows += self._read([_Row(i, len(self.prompts[i]) - self.shared) for i in group], len(rows))
+            else:
+                self._step(rows)
+            chosen = self.last[first : len(rows)].tolist()
+            for place in range(len(rows) - 1, first - 1, -1):
+                row, token = rows[place], chosen[place - first]
+                if token not in self.ends:
+                    row.answer.append(token)
+                    if len(row.answer) < self.limit and not (stop and stop(row.answer)):
+                        continue
+                yield row.number, row.answer
+                if place < len(rows) - 1:  # the last row, looked at already, takes its place
+                    self.kept.move(len(rows) - 1, place)
+                    rows[place], self.last[place] = rows[-1], self.last[len(rows) - 1]
+                rows.pop()
+
+    def _group(self, waiting: list[int], free: int) -> list[int]:
+        """The questions to be read next: as many as there are slots, within READ_TOKENS."""
+        tokens = itertools.accumulate(len(self.prompts[i]) - self.shared for i in waiting[:free])
+        count = max(1, sum(1 for total in tokens if total <= READ_TOKENS))
+        group, waiting[:count] = waiting[:count], []
+        return group
+
+    def _read(self, rows: list[_Row], first: int) -> list[_Row]:
+        """Reads whole prompts into the slots from `first` on, and chooses each one's first token."""
+        import torch
+
+        own = [self.prompts[row.number][self.shared :] for row in rows]
+        width = max(map(len, own))
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in own], device=self.device)
+        self.kept.read(slice(first, first + len(rows)), width)
+        hidden = self._forward(self.before + torch.arange(width, device=self.device)[None], input_ids=ids)
+        last = torch.tensor([len(ids) - 1 for ids in own], device=self.device)
+        self.last[first : first + len(rows)] = self._choose(hidden[torch.arange(len(rows), device=self.device), last])
+        return rows
+
+    def _step(self, rows: list[_Row]) -> None:
+        """One more token for each row."""
+        import torch
+
+        lengths = torch.tensor([row.length for row in rows], device=self.device)
+        self.kept.go_on(lengths)
+        hidden = self._forward((self.before + lengths)[:, None], input_ids=self.last[: len(rows), None])
+        self.last[: len(rows)] = self._choose(hidden[:, 0])
+        for row in rows:
+            row.length += 1
 
 
 def ask(model, tokenizer, questions, system: str = SYSTEM_PROMPT, shots=None, progress: str = "", **kwargs) -> tuple[list[str], float]:
     """Answers to a split's questions and the seconds it took. `shots` maps a question to its few-shot rows."""
     start = time.perf_counter()
     chats = [chat(q["question"], system, shots(q["question"]) if shots else ()) for q in questions]
-    return generate(model, tokenizer, chats, progress=progress, **kwargs), time.perf_counter() - start
+    return generate(model, tokenizer, chats, progress=progress, stop=complete, **kwargs), time.perf_counter() - start

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from helpers import dense, prefix
 from helpers.adapters import export_adapter, have_adapter, is_adapter
 from helpers.models import load_model, load_tokenizer
 from helpers.recipes import LOSS_ROWS, SFTRecipe, memory_advice, needs_checkpointing, peft_config, step_options, training_rows, training_set
@@ -165,6 +166,8 @@ def cpu_trainer_class():
     from trl import SFTTrainer
 
     class CpuSFTTrainer(SFTTrainer):
+        share_prefix = False  # `fit` turns it on: what the rows begin with is read once
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             targets = inputs["labels"][:, 1:]  # (batch, tokens - 1); -100 where nothing is to be learnt
             supervised = targets != -100
@@ -172,7 +175,7 @@ def cpu_trainer_class():
             base = model.get_base_model() if hasattr(model, "peft_config") else model
             count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
             with self.accelerator.autocast():
-                hidden = hidden_states(model, base, inputs["input_ids"], inputs["attention_mask"])[:, :-1][supervised]
+                hidden = hidden_states(model, base, inputs["input_ids"], inputs["attention_mask"], self.share_prefix)[:, :-1][supervised]
                 if base.lm_head.weight.requires_grad:  # full fine-tuning: the head learns too
                     loss = cross_entropy(base.lm_head(hidden).float(), targets[supervised], reduction="sum") / count
             if not base.lm_head.weight.requires_grad:
@@ -182,12 +185,17 @@ def cpu_trainer_class():
     return CpuSFTTrainer
 
 
-def hidden_states(model, base, ids, mask):
-    """The last hidden states (batch, tokens, width) of the token ids; prompt tuning's virtual tokens stand before them, unseen."""
+def hidden_states(model, base, ids, mask, share: bool = False):
+    """The last hidden states (batch, tokens, width) of the token ids; prompt tuning's virtual tokens stand before them, unseen.
+
+    `share`: what all rows begin with is read once (`prefix.hidden_states`).
+    """
     import torch
 
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:
+        if share and not getattr(base.model, "gradient_checkpointing", False):
+            return prefix.hidden_states(base, ids, mask)
         return base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     embeddings = base.get_input_embeddings()(ids)
     prompt = model.get_prompt(len(ids)).to(embeddings.dtype)
@@ -240,8 +248,9 @@ def fit(trainer, resume: bool = True) -> dict:
     # under autocast PEFT's own cast of each layer's input to float32 and back is work for nothing
     lora = any(hasattr(module, "lora_A") for module in model.modules())
     casting = disable_input_dtype_casting(model) if lora and args.bf16 else contextlib.nullcontext()
+    trainer.share_prefix = device().course_loss
     try:
-        with casting:
+        with casting, dense.training(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history = [log for log in trainer.state.log_history if log.keys() & {"loss", "probe/chosen"}]
         return {"history": history, "seconds": time.perf_counter() - start}

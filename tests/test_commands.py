@@ -1,5 +1,6 @@
 """doctor and ask as a person runs them, scoreboard, sweeps' bookkeeping, baselines."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -62,6 +63,7 @@ def test_each_stage_has_its_model_and_prompt(monkeypatch, capsys):
     monkeypatch.setattr(ask.adapters, "load_adapter", lambda folder: folder)
     monkeypatch.setattr(ask.dpo.training, "sft_adapter", lambda recipe: "sft adapter")
     monkeypatch.setattr(ask.dpo, "adapter", lambda recipe: "dpo adapter")
+    monkeypatch.setattr(ask.dense, "written_out", contextlib.nullcontext)
     for stage, model, system in (
         ("base", "base", flights.SCHEMA_PROMPT),
         ("sft", "sft adapter", flights.SYSTEM_PROMPT),
@@ -81,7 +83,7 @@ class FakeAsker(ask.Asker):
         from helpers import sql
 
         self.system, self.tokenizer, self.model, self.answers = "", None, None, answers
-        self.worker = sql.Worker(flights.database_path())
+        self.worker, self.whole = sql.Worker(flights.database_path()), contextlib.ExitStack()
 
 
 @pytest.fixture

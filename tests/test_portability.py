@@ -129,7 +129,7 @@ def test_every_command_survives_a_code_page(path):
 
 CONSOLE = """
 import runpy, sys
-from helpers import flights, generation, models, runtime
+from helpers import dense, flights, generation, models, runtime
 def broken(*_, **__):
     raise runtime.CourseError("é … · → ł 😀")
 sys.modules["transformers"] = None  # so that nothing is trained
@@ -137,6 +137,7 @@ if sys.argv[1] == "helpers.doctor":
     runtime.setup = runtime.memory_gb = models.model_path = flights.perturbed_paths = broken
 else:
     runtime.setup, models.load_model, models.load_tokenizer = (lambda: None,) * 3
+    dense.wanted = lambda model: False
     generation.generate = lambda *_, **__: ["SELECT 'é … · → ł 😀' AS t"]
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__")

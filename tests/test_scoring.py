@@ -110,6 +110,16 @@ def test_judge(answer, reference, kind):
     assert verdict["correct"] is (kind == "right")
 
 
+def test_a_query_runs_once_on_each_instance_and_the_oldest_result_makes_room(monkeypatch):
+    judge, ran, execute = scoring.Judge(), [], scoring.safe.execute
+    monkeypatch.setattr(scoring.safe, "execute", lambda connection, sql, *limits: ran.append(sql) or execute(connection, sql, *limits))
+    other = COUNT.replace("*", "1")
+    assert all(judge.judge(other, COUNT)["correct"] for _ in range(2)) and ran == [other, COUNT] * 3
+    judge.results = {(0, str(n)): None for n in range(10_000)}
+    assert judge.run(1, COUNT).rows == judge.run(1, COUNT).rows and len(ran) == 7
+    assert len(judge.results) == 10_000 and (0, "0") not in judge.results and {(0, "1"), (1, COUNT)} <= judge.results.keys()
+
+
 def test_luck_on_one_database_is_found_out():
     verdict = scoring.judge().judge("SELECT MAX(distance) FROM flights", "SELECT MAX(distance) FROM flights WHERE origin = 'JFK'", single=True)
     assert verdict["single"] and not verdict["correct"]
@@ -235,16 +245,6 @@ def test_answers_do_not_depend_on_batch_size_or_prefix_cache(model32, tokenizer)
         one = [generation.generate(model32, tokenizer, [c], max_new_tokens=24)[0] for c in chats]  # alone: no prefix is shared
         for size in (2, 5):
             assert generation.generate(model32, tokenizer, chats, max_new_tokens=24, batch_size=size) == one
-
-
-@pytest.mark.slow
-def test_a_long_shared_beginning_is_read_once_and_a_short_one_with_each_prompt(model32, tokenizer, monkeypatch):
-    kept = []
-    monkeypatch.setattr(generation, "_generate_batch", lambda model, tokenizer, asked, prefix, shared, *_, **__: kept.append((prefix, shared)) or asked)
-    for system in (flights.SYSTEM_PROMPT, flights.SCHEMA_PROMPT):
-        generation.generate(model32, tokenizer, [flights.chat(q, system) for q in ("How many flights left JFK?", "avg delay")])
-    (none, zero), (prefix, shared) = kept
-    assert (none, zero) == ({}, 0) and shared >= 64 and [cache.get_seq_length() for cache in prefix.values()] == [shared]
 
 
 @pytest.mark.slow
