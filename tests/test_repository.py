@@ -198,6 +198,7 @@ def write_notebook(folder, *cells):
     nbformat.write(notebook, folder / "small.ipynb")
 
 
+@pytest.mark.slow
 def test_execute_shows_cells_and_keeps_a_clean_copy(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1 + 1", "print('hi')")
@@ -210,6 +211,7 @@ def test_execute_shows_cells_and_keeps_a_clean_copy(tmp_path, monkeypatch, capsy
     assert "execution" not in kept.cells[0].metadata
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_rest_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1", "1 / 0", "2")
@@ -328,3 +330,33 @@ def test_every_command_tells_an_error_and_a_stop_in_one_sentence(module, command
         monkeypatch.setattr(module, "setup", lambda: None, raising=False)
         monkeypatch.setattr(sys, "argv", command)
         assert module.main() == status and capsys.readouterr().err == f"\n{says}\n"
+
+
+@pytest.mark.parametrize("failing", [None, "unit", "others", "longest"])
+def test_unit_tests_and_notebooks_run_side_by_side_and_each_failure_counts(monkeypatch, capsys, failing):
+    ran = []
+
+    def part(name, out=None, **environment):
+        ran.append((name, environment))
+        if out:
+            out.write("what nbval said\n")
+        return int(name == failing)
+
+    monkeypatch.setattr(runner, "unit", lambda arguments, **environment: part("unit", **environment))
+    monkeypatch.setattr(runner, "nbval", lambda names, **more: part("longest" if names == list(runner.LONGEST) else "others", **more))
+    monkeypatch.setattr(runner, "halves", lambda: {"OMP_NUM_THREADS": "1"})
+    assert runner.test([]) == (failing is not None)
+    assert sorted(ran) == [(name, {"OMP_NUM_THREADS": "1"}) for name in ("longest", "others", "unit")]
+    assert "what nbval said" in capsys.readouterr().out
+    monkeypatch.setattr(runner, "halves", dict)
+    ran.clear()
+    assert runner.test([]) == (failing in ("unit", "others")) and ran == [("unit", {})] + [("others", {})] * (failing != "unit")
+
+
+def test_two_programs_share_the_cores(monkeypatch):
+    monkeypatch.setattr(runner.shutil, "which", lambda name: None)
+    for cores, told in ((1, {}), (2, {"OMP_NUM_THREADS": "1"}), (8, {"OMP_NUM_THREADS": "4"})):
+        monkeypatch.setattr(runner.os, "cpu_count", lambda cores=cores: cores)
+        assert runner.halves() == told
+    monkeypatch.setattr(runner.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert runner.halves() == {}
