@@ -11,11 +11,12 @@ layer by layer, and what checkpointing keeps of them); Ainslie et al. 2023 (grou
 with its heads); Kaplan et al. 2020 (FLOP a parameter and token).
 """
 
+import json
 from itertools import accumulate
 from math import ceil
 from types import SimpleNamespace
 
-from helpers.runtime import CourseError
+from helpers.runtime import DATA, CourseError
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma")  # decoders of one shape: RMSNorm, rotary positions, gated MLP
 FLOAT32 = 4  # bytes
@@ -249,6 +250,13 @@ def training_seconds(parameters: int, tokens: int, flops_per_second: float, chec
     gradient, which would be 2 more), with checkpointing 2 for the second forward pass.
     """
     return (6 if checkpointing else 4) * parameters * tokens / flops_per_second
+
+
+def recorded() -> dict:
+    """What steps of Mistral-7B's shape really took on a GPU (data/results/gpu.json, by `course.gpu --record`): card, date, versions,
+    and `rows`: by case the most bytes alive (`peak`) and held by the allocator (`reserved`), seconds of a step, tokens a second."""
+    record = json.loads((DATA / "results" / "gpu.json").read_text(encoding="utf-8"))
+    return record | {"rows": {row["case"]: {name: value for name, value in row.items() if name != "case"} for row in record["rows"]}}
 
 
 def total(parts: dict[str, int]) -> int:
