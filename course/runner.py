@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -10,11 +11,14 @@ import tempfile
 import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from helpers.runtime import ROOT, CourseError, runs_dir, write_whole
 
 NOTEBOOKS = ROOT / "notebooks"
+EVERY = 60  # seconds from line to line where there is no terminal that shows a live one
 CORE = ("00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl", "04_dpo")
 
 
@@ -29,6 +33,24 @@ def clean_outputs(notebook) -> None:
     notebook.metadata["language_info"] = {"name": "python"}
 
 
+def progress_line(where: str, seconds: float, inside: str = "", ending: str = "") -> str:
+    """One line on a notebook that is executed: how far it is, the time gone, what the bar inside the cell says."""
+    return f"{where}  {int(seconds // 60)}:{int(seconds % 60):02d}{inside and f'  {inside}'}{ending}"
+
+
+def measured(seconds: float) -> dict:
+    """What a run took, on what kind of machine, and how fast that multiplies matrices."""
+    import torch
+
+    from helpers import times
+
+    at = asdict(times.rates())
+    kind, dtype = at.pop("kind"), at.pop("dtype")
+    rates = {name: float(f"{rate:.3g}") for name, rate in at.items()}
+    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"seconds": round(seconds), "cores": os.cpu_count(), "machine": machine, "kind": kind, "dtype": dtype, "rates": rates}
+
+
 def execute(name: str, target: Path | None = None) -> None:
     """Executes a notebook from a fresh kernel with a live line a cell; saves it to `target` (None: in place)."""
     import nbformat
@@ -38,14 +60,18 @@ def execute(name: str, target: Path | None = None) -> None:
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     cells = sum(c.cell_type == "code" for c in notebook.cells)
     start, done, live, over = time.perf_counter(), 0, sys.stdout.isatty(), threading.Event()
+    inside = runs_dir() / "notebooks" / f"{name.replace('/', '-')}.progress"  # what a bar in the kernel says
 
     def show(ending=""):
-        gone = time.perf_counter() - start
-        line = f"{name}  cell {done}/{cells}  {int(gone // 60)}:{int(gone % 60):02d}{ending}"
-        print(f"\r{line}" if live else line, end="" if live and not ending else "\n", flush=True)
+        said = inside.read_text(encoding="utf-8") if inside.exists() and not ending else ""
+        line = progress_line(f"{name}  cell {done}/{cells}", time.perf_counter() - start, said, ending)
+        if live:
+            width = shutil.get_terminal_size().columns - 1
+            line = f"\r{line[:width]:{width}}"
+        print(line, end="" if live and not ending else "\n", flush=True)
 
     def tick():
-        while not over.wait(1):
+        while not over.wait(1 if live else EVERY):
             show()
 
     def on_cell(**_):
@@ -57,10 +83,9 @@ def execute(name: str, target: Path | None = None) -> None:
     quiet = ["--log-level=ERROR"]  # the kernel's own advice on encryption between it and this process
     place = {"metadata": {"path": str((NOTEBOOKS / name).parent)}}
     client = NotebookClient(notebook, timeout=None, kernel_name="python3", extra_arguments=quiet, resources=place, on_cell_execute=on_cell)
-    if live:
-        threading.Thread(target=tick, daemon=True).start()
+    threading.Thread(target=tick, daemon=True).start()
     try:
-        client.execute()
+        client.execute(env=os.environ | {"COURSE_PROGRESS_FILE": str(inside)})
     except CellExecutionError as error:
         failed = runs_dir() / "notebooks" / f"{name}.failed.ipynb"
         write_whole(failed, nbformat.writes(notebook))
@@ -69,7 +94,8 @@ def execute(name: str, target: Path | None = None) -> None:
         ) from None
     finally:
         over.set()
-    notebook.metadata["measured"] = {"seconds": round(time.perf_counter() - start), "cores": os.cpu_count()}  # for make timings
+        inside.unlink(missing_ok=True)
+    notebook.metadata["measured"] = measured(time.perf_counter() - start)  # for make timings
     clean_outputs(notebook)
     write_whole(target or NOTEBOOKS / f"{name}.ipynb", nbformat.writes(notebook) + "\n")
     show("  done")
@@ -133,9 +159,10 @@ def run(fresh: bool) -> None:
     start = time.perf_counter()
     if fresh:
         start_over()
-    from helpers import adapters, dpo, plots, runtime, scoreboard
+    from helpers import adapters, dpo, plots, runtime, scoreboard, times
 
     print(f"running on {runtime.setup().name}: {runtime.device().why}")
+    print(times.table(), flush=True)
     prepare()
     if not all(adapters.is_adapter(recipe.folder() / "adapter") for recipe, _ in dpo.main_runs().values()):  # another recipe's or no adapter: its scores would be stale
         scoreboard.scoreboard_path().unlink(missing_ok=True)
@@ -151,7 +178,10 @@ def run(fresh: bool) -> None:
 
 
 def refresh(names: list[str]) -> None:
+    from helpers import times
+
     prepare()
+    times.rates()  # before anything else runs
     for name in names or all_notebooks():
         execute(name)
 
@@ -166,23 +196,43 @@ def all_notebooks() -> list[str]:
     return [path.relative_to(NOTEBOOKS).with_suffix("").as_posix() for place in ("*", "solutions/*") for path in sorted(NOTEBOOKS.glob(f"{place}.ipynb"))]
 
 
-def pytest(*arguments: str, **environment: str) -> int:
-    """Runs pytest without progress bars; returns its exit status."""
+LONGEST = ("03_sft_with_trl", "04_dpo")  # as long as all others and the unit tests; 04 goes on from what 03 has trained
+
+
+def pytest(*arguments: str, out=None, **environment: str) -> int:
+    """Runs pytest without progress bars; returns its exit status. `out`: a file for what it prints."""
     command = [sys.executable, "-m", "pytest", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"COURSE_PROGRESS": "0"} | environment).returncode
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"COURSE_PROGRESS": "0"} | environment, stdout=out, stderr=out).returncode
+
+
+def halves() -> dict[str, str]:
+    """What two programs side by side are told, so that each takes half of the cores; {} where they would only be in each other's way."""
+    cores = os.cpu_count() or 1
+    return {} if cores < 2 or shutil.which("nvidia-smi") else {"OMP_NUM_THREADS": str(cores // 2)}
 
 
 def test(arguments: list[str]) -> int:
-    """Unit tests with line coverage of helpers and course, then nbval (lax) over every notebook, in order, in one fresh runs folder."""
-    return unit(arguments) or nbval(all_notebooks())
+    """Unit tests with line coverage of helpers and course, and nbval (lax) over every notebook. On a CPU the two longest notebooks
+    run beside all else, with half of the cores each: that does half as much again as one program with all of them."""
+    others = [name for name in all_notebooks() if name not in LONGEST]
+    if not (half := halves()):
+        return unit(arguments) or nbval(all_notebooks())
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said, ThreadPoolExecutor(1) as beside:
+        longest = beside.submit(nbval, list(LONGEST), out=said, **half)
+        status = unit(arguments, **half)
+        status = nbval(others, **half) or status
+        status = longest.result() or status
+        said.seek(0)
+        print(f"\nbeside these, {' and '.join(LONGEST)}:\n{said.read()}", flush=True)
+    return status
 
 
-def unit(arguments: list[str]) -> int:
+def unit(arguments: list[str], **environment: str) -> int:
     """The unit tests alone."""
-    return pytest("tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments)
+    return pytest("tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments, **environment)
 
 
-def nbval(names: list[str], place: Path | None = None, kernel: str = "python3", **environment: str) -> int:
+def nbval(names: list[str], place: Path | None = None, kernel: str = "python3", out=None, **environment: str) -> int:
     """Runs notebooks (of `place`: a folder) under nbval with an empty runs folder of their own, so that the main runs are live.
 
     Fails as well when a notebook set off a deprecation that isn't allowed for.
@@ -190,10 +240,10 @@ def nbval(names: list[str], place: Path | None = None, kernel: str = "python3", 
     from course import deprecations
 
     paths = [str((place or NOTEBOOKS) / f"{name}.ipynb") for name in names]
-    options = ["--nbval-lax", f"--nbval-kernel-name={kernel}", "--nbval-cell-timeout=3600", "--durations=10", "-p", "no:cacheprovider"]
+    options = ["--nbval-lax", f"--nbval-kernel-name={kernel}", "--nbval-cell-timeout=10800", "--durations=10", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory() as folder:
         recorder = deprecations.environment(Path(folder) / "ipython")
-        status = pytest(*options, *paths, **{"COURSE_RUNS": str(Path(folder) / "runs")} | recorder | environment)
+        status = pytest(*options, *paths, out=out, **{"COURSE_RUNS": str(Path(folder) / "runs")} | recorder | environment)
         return status or deprecations.report(recorder)
 
 

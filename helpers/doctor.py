@@ -55,13 +55,13 @@ def check_database() -> str:
 
 
 def check_training(seconds: float = 10.0) -> str:
-    """Real steps of the course's recipe for about ten seconds: tokens a second, and how long the main run would take."""
+    """Real steps of the course's recipe for about ten seconds, how long the main run would take, and the minutes of each notebook."""
     import tempfile
     from pathlib import Path
 
     from transformers import TrainerCallback
 
-    from helpers import recipes, training
+    from helpers import recipes, times, training
     from helpers.models import load_model, load_tokenizer
 
     class Clock(TrainerCallback):
@@ -76,8 +76,9 @@ def check_training(seconds: float = 10.0) -> str:
         trainer = training.make_trainer(recipe, load_model(recipe.bits), load_tokenizer(), folder=Path(folder), save_strategy="no")
         trainer.add_callback(clock := Clock())
         training.fit(trainer, resume=False)
-    step = (clock.marks[-1] - clock.marks[0]) / max(len(clock.marks) - 1, 1)
-    return f"{step:.2f} s a step of {recipe.batch_size} examples; the main run would take about {step * recipe.steps / 60:.0f} minutes"
+    step = (clock.marks[-1] - clock.marks[0]) / max(len(clock.marks) - 1, 1) or times.seconds(times.sft(recipe)) / recipe.steps  # one step: no time between two
+    told = f"{step:.2f} s a step of {recipe.batch_size} examples; the main run would take about {step * recipe.steps / 60:.0f} minutes"
+    return f"{told}\n{times.table(step=step)}"
 
 
 CHECKS = {

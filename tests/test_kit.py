@@ -16,7 +16,7 @@ import zipfile
 import pytest
 
 from course import kit, runner
-from helpers import adapters, dpo, flights, models, recipes, training
+from helpers import adapters, dpo, flights, models, recipes, times, training
 from helpers.runtime import ROOT, CourseError, runs_dir
 
 SFT, DPO = recipes.SFTRecipe(), dpo.DPORecipe()
@@ -142,9 +142,10 @@ def test_an_interrupted_copy_leaves_nothing(workshop, trained, monkeypatch):
 def test_catch_up_makes_what_a_notebook_needs(step, stages, prepared, trained, monkeypatch, capsys):
     monkeypatch.setattr(runner, "all_notebooks", lambda: [*runner.CORE, "05_next", "06_last"])
     monkeypatch.setattr(dpo, "setup", lambda: None)
+    monkeypatch.setattr(times, "seconds", lambda work: 3 * work.steps)
     runner.catch_up(step)
-    names = {"sft": f"{SFT.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 6 minutes on 2 cores"}
-    names["dpo"] = f"{DPO.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 2 minutes on 2 cores"
+    names = {"sft": f"{SFT.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 22 minutes on this machine (estimate)"}
+    names["dpo"] = f"{DPO.folder().name}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about 2 minutes on this machine (estimate)"
     lines = capsys.readouterr().out.splitlines()
     what = ["preparing the course model … 0 s", "preparing the database … 0 s", "preparing the test instances … 0 s"]
     assert lines == [*what, *(names[stage] for stage in stages), f"Ready for notebook {step.zfill(2)}."]
@@ -156,9 +157,10 @@ def test_catch_up_makes_what_a_notebook_needs(step, stages, prepared, trained, m
 
 def test_a_main_run_says_before_it_trains_and_what_it_starts_from_comes_first(trained, monkeypatch, capsys):
     monkeypatch.setattr(dpo, "setup", lambda: None)
+    monkeypatch.setattr(times, "seconds", lambda work: 3 * work.steps)
     assert dpo.main_adapter("dpo") == DPO.folder() / "adapter" and trained == [SFT, DPO]
-    says = "{}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {} minutes on 2 cores"
-    assert capsys.readouterr().out.splitlines() == [says.format(SFT.folder().name, 6), says.format(DPO.folder().name, 2)]
+    says = "{}: neither in runs/ nor in a kit; training it, from its last checkpoint if there is one: about {} minutes on this machine (estimate)"
+    assert capsys.readouterr().out.splitlines() == [says.format(SFT.folder().name, 22), says.format(DPO.folder().name, 2)]
     assert dpo.main_adapter("dpo") == DPO.folder() / "adapter" and len(trained) == 2 and capsys.readouterr().out == ""
 
 

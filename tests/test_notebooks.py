@@ -76,7 +76,7 @@ def problems(notebook, name: str) -> list[str]:
         return found
     for what, pattern in {
         "what you will be able to do": r"\*\*You will be able to\*\*\n\n(- .+\n){3,5}\n\*\*You need\*\* \S",
-        "minutes": r"\*\*Time\.\*\* \d+ minutes? of computing on two CPU cores, measured\. On a T4 .+ estimate",
+        "minutes": r"\*\*Time\.\*\* \d+ minutes? of computing on two CPU cores with fast bfloat16 .+, \d+ without, .+ On a T4 .+ estimate",
         "a word to predict": r"\*\*Predict",
         "papers with links": r"\*\*Read on\.\*\* .*\(https://arxiv\.org/abs/\d{4}\.\d{5}\)",
         "terms": r"\]\(\.\./GLOSSARY\.md#[\w-]+\)",

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -131,3 +132,37 @@ def test_memory_is_measured():
 def test_import_is_light():
     code = "import sys, helpers.runtime, helpers.flights, helpers.sql, helpers.recipes, helpers.models; print([m for m in ('torch', 'transformers', 'pandas', 'datasets', 'psutil') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+# ---------------------------------------------------------------- progress bars
+
+
+def test_a_bar_tells_a_file_where_one_is_named(tmp_path, monkeypatch, capfd):
+    file = tmp_path / "runs" / "03.progress"
+    monkeypatch.setenv("COURSE_PROGRESS_FILE", str(file))
+    monkeypatch.setenv("COURSE_PROGRESS", "0")
+    with runtime.progress_bar(440, "training") as bar:
+        assert file.read_text(encoding="utf-8") == "training 0/440, ? left"
+        bar.fp.pause = bar.mininterval = 0
+        bar.update(120)
+        bar.set_postfix(loss="0.310")
+        assert re.fullmatch(r"training 120/440, \d\d:\d\d left, loss=0.310", file.read_text(encoding="utf-8"))
+    assert file.read_text(encoding="utf-8") == ""  # over: nothing is left behind
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_file_is_renewed_twice_a_second_at_most(tmp_path, monkeypatch):
+    now, told = [100.0], runtime._Told(tmp_path / "x")
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    for at, text in ((100.0, "\rone  "), (100.4, "two"), (100.5, "three"), (100.9, "four"), (100.95, "\r")):
+        now[0] = at
+        told.write(text)
+        said = {"two": "one", "four": "three"}.get(text, text.strip())
+        assert (tmp_path / "x").read_text(encoding="utf-8") == said
+
+
+def test_a_bar_without_a_name_tells_nobody(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_PROGRESS_FILE", str(tmp_path / "x"))
+    with runtime.progress_bar(3, "") as bar:
+        bar.update(3)
+    assert not (tmp_path / "x").exists()
