@@ -41,7 +41,7 @@ test: install ## every test: unit tests, then nbval over every notebook
 	@$(RUN) -m course test
 
 test-fast: install ## the quick tests, for each commit (under a minute)
-	@$(RUN) -m ruff check . && $(BIN)/lint-imports --no-cache --no-logo && $(RUN) -m pytest -m "not slow" tests
+	@$(RUN) -m ruff check . && $(BIN)/lint-imports --no-cache --no-logo && OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile -p no:nbval tests
 
 test-unit: install ## the unit tests alone
 	@$(RUN) -m course unit
@@ -68,7 +68,7 @@ sweeps-check: install ## re-run recorded points at random and compare
 	@$(RUN) -m course.sweeps check
 
 bench: install ## speed and memory, side by side in one run
-	@$(RUN) benchmarks/training.py && $(RUN) benchmarks/evaluation.py && $(RUN) benchmarks/preference.py
+	@$(RUN) benchmarks/busy.py && $(RUN) benchmarks/training.py && $(RUN) benchmarks/evaluation.py && $(RUN) benchmarks/preference.py
 
 colab-check: install ## what the set-up cell moves on Colab, and the notebooks on a replica of it
 	@$(RUN) -m course.colab check

@@ -332,7 +332,7 @@ def test_every_command_tells_an_error_and_a_stop_in_one_sentence(module, command
         assert module.main() == status and capsys.readouterr().err == f"\n{says}\n"
 
 
-@pytest.mark.parametrize("failing", [None, "unit", "others", "longest"])
+@pytest.mark.parametrize("failing", [None, "unit", "others", "longest", "after"])
 def test_unit_tests_and_notebooks_run_side_by_side_and_each_failure_counts(monkeypatch, capsys, failing):
     ran = []
 
@@ -342,12 +342,18 @@ def test_unit_tests_and_notebooks_run_side_by_side_and_each_failure_counts(monke
             out.write("what nbval said\n")
         return int(name == failing)
 
+    def nbval(names, **more):
+        return part({(runner.LONGEST,): "longest", (runner.AFTER,): "after"}.get(tuple(names), "others"), **more)
+
     monkeypatch.setattr(runner, "unit", lambda arguments, **environment: part("unit", **environment))
-    monkeypatch.setattr(runner, "nbval", lambda names, **more: part("longest" if names == list(runner.LONGEST) else "others", **more))
+    monkeypatch.setattr(runner, "nbval", nbval)
     monkeypatch.setattr(runner, "halves", lambda: {"OMP_NUM_THREADS": "1"})
     assert runner.test([]) == (failing is not None)
-    assert sorted(ran) == [(name, {"OMP_NUM_THREADS": "1"}) for name in ("longest", "others", "unit")]
-    assert "what nbval said" in capsys.readouterr().out
+    environments = dict(ran)
+    runs = environments["after"]["COURSE_RUNS"]  # what 03 has trained, 04 finds
+    half = {"OMP_NUM_THREADS": "1"}
+    assert environments == {"longest": half | {"COURSE_RUNS": runs}, "unit": half, "others": half, "after": {"COURSE_RUNS": runs}}
+    assert len(ran) == 4 and ran[-1][0] == "after" and "what nbval said" in capsys.readouterr().out
     monkeypatch.setattr(runner, "halves", dict)
     ran.clear()
     assert runner.test([]) == (failing in ("unit", "others")) and ran == [("unit", {})] + [("others", {})] * (failing != "unit")
