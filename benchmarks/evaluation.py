@@ -72,8 +72,8 @@ def library(model, tokenizer, chats) -> list[str]:
 
 
 def subjects(count: int, names):
-    """Name, model and chats of each thing to measure."""
-    from helpers import adapters, baselines, flights, models, recipes
+    """Name, model and chats of each thing to measure: prompted baselines, and the main runs whose adapters runs/ has."""
+    from helpers import adapters, baselines, dpo, flights, models
 
     questions, train = list(flights.subset(flights.load_questions("validation"), count)), list(flights.load_questions("train"))
     for stage in [s for s in baselines.STAGES if s != "nearest-question" and s in names]:
@@ -81,9 +81,10 @@ def subjects(count: int, names):
         if stage == "zero-shot":
             asked = [dict(q, question=baselines.ZERO_SHOT + q["question"]) for q in questions]
         yield stage, models.load_model(), [flights.chat(q["question"], flights.SCHEMA_PROMPT, shots(q["question"]) if shots else ()) for q in asked]
-    folder = recipes.SFTRecipe().folder() / "adapter"
-    if "sft" in names and adapters.have_adapter(folder):
-        yield "sft", adapters.load_adapter(folder), [flights.chat(q["question"]) for q in questions]
+    for stage, run in dpo.main_runs().items():
+        folder = run[0].folder() / "adapter"
+        if stage in names and adapters.have_adapter(folder):
+            yield stage, adapters.load_adapter(folder), [flights.chat(q["question"]) for q in questions]
 
 
 def main(count: int, names) -> None:

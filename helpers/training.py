@@ -287,7 +287,7 @@ def finish(trainer) -> dict:
 
 
 def sft_adapter(recipe: SFTRecipe | None = None) -> Path:
-    """The folder of the recipe's trained adapter: from `runs/` or the workshop kit, else trained now (about 6 minutes)."""
+    """The folder of the recipe's trained adapter: from `runs/` or the workshop kit, else trained now."""
     folder = (recipe := recipe or SFTRecipe()).folder() / "adapter"
     if not have_adapter(folder):
         finish(make_trainer(recipe, load_model(recipe.bits), load_tokenizer()))
