@@ -92,8 +92,13 @@ class _Run:
 
     def _choose(self, hidden):
         """The next token of each row from its last hidden state, (rows, width)."""
-        head = self.base.lm_head  # its product the other way round, vocabulary first: on a CPU up to half again as quick
-        logits = (head.weight @ hidden.T.contiguous()).T if head.bias is None and hidden.device.type == "cpu" and len(hidden) > 1 else head(hidden)
+        import torch
+
+        head, hidden = self.base.lm_head, hidden.contiguous()  # of a strided slice torch's CPU matmul copies the head's weights once a row
+        if hidden.device.type == "cpu" and head.weight.dtype == hidden.dtype == torch.float32 and head.bias is None and len(hidden) > 1:
+            logits = (head.weight @ hidden.T).T  # vocabulary first: up to half again as quick in float32
+        else:
+            logits = head(hidden)
         if not self.temperature:
             return logits.argmax(-1)
         return (logits.float() / self.temperature).softmax(-1).multinomial(1)[:, 0]

@@ -272,3 +272,19 @@ def test_when_an_answers_query_is_complete(answer, done):
     if done:  # whatever is added
         for more in ("", "\n", ";", " FROM flights", "'", "\n\nSELECT 2;", "`"):
             assert extract_sql(answer + more) == extract_sql(answer)
+
+
+def test_in_16_bits_answers_and_losses_are_near_the_plain_ones():
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(tiny()).to(torch.bfloat16)
+    answers = generation.generate(model, Words(), PROMPTS, 6)
+    assert generation.generate(model, Words(), PROMPTS, 6, batch_size=5) == answers and all(len(a.split()) == 6 for a in answers)
+    assert answers[0].split()[0] == plain_loop(model, PROMPTS[0], 1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), autocast_adapter_dtype=True)
+    with torch.autocast("cpu", torch.bfloat16), dense.training(model):
+        (logs, gradients), (expected, _) = loss_and_gradients(model, True), loss_and_gradients(model, False)
+    torch.testing.assert_close(logs, expected, rtol=0.1, atol=0.1)
+    assert all(g.isfinite().all() for g in gradients.values())
