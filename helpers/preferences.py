@@ -50,7 +50,7 @@ def rules_kept(query: str, which: int = -1) -> dict[str, bool]:
     A slow machine must not change a style: the time limit is far beyond that of scoring, and passing it is an error (SqlError).
     """
     try:
-        return house.kept(query, sql.execute(scoring.judge().connections[which], query, sql.Limits(seconds=60)))
+        return house.kept(query, scoring.judge().run(which, query, seconds=60))
     except sql.SqlError as error:
         if error.reason == "time":
             raise

@@ -93,19 +93,24 @@ class Judge:
 
     def __init__(self):
         self.connections = [safe.connect(path) for path in (*perturbed_paths(), database_path())]
-        self.references: dict[tuple[int, str], list[tuple]] = {}
+        self.results: dict[tuple[int, str], safe.Result] = {}
 
-    def _rows(self, which: int, sql: str) -> list[tuple]:
-        if (which, sql) not in self.references:
-            self.references[which, sql] = safe.execute(self.connections[which], sql).rows
-        return self.references[which, sql]
+    def run(self, which: int, sql: str, seconds: float = safe.Limits.seconds) -> safe.Result:
+        """A query's result on one instance (-1: the real one). The last 10,000 are kept: references, what two systems answer alike, what is
+        judged and then looked at for its style."""
+        if (which, sql) not in self.results:
+            result = safe.execute(self.connections[which], sql, safe.Limits(seconds=seconds))
+            if len(self.results) >= 10_000:
+                del self.results[next(iter(self.results))]  # the oldest
+            self.results[which, sql] = result
+        return self.results[which, sql]
 
     def agrees(self, which: int, sql: str, reference: str, ordered: bool) -> bool:
         """Does `sql` return what `reference` does on one instance (-1: the real one)? Raises SqlError if `sql` fails."""
-        got = safe.execute(self.connections[which], sql).rows
-        if same_result(got, self._rows(which, reference), ordered):
+        got = self.run(which, sql).rows
+        if same_result(got, self.run(which, reference).rows, ordered):
             return True
-        ties = [self._rows(which, variant) for variant in tie_variants(reference)]
+        ties = [self.run(which, variant).rows for variant in tie_variants(reference)]
         if which == -1:
             return any(same_result(got, rows, ordered) for rows in ties)
         return any(rows != ties[0] for rows in ties)  # a tie decides: this instance can't tell
@@ -150,7 +155,7 @@ def mistake(sql: str, reference: str) -> str:
 
 @functools.cache
 def judge() -> Judge:
-    """One judge per process: it keeps the references' results."""
+    """One judge per process: it keeps results."""
     return Judge()
 
 

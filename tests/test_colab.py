@@ -69,6 +69,7 @@ def test_the_repository_for_the_replica_holds_the_files_as_they_are(tmp_path):
     assert status.stdout == ""  # this folder's own index was left alone
 
 
+@pytest.mark.slow
 def test_the_cure_is_questioned_where_nothing_is_wrong(monkeypatch):
     monkeypatch.setattr(colab, "python", lambda folder: sys.executable)
     with pytest.raises(CourseError, match="hosted.py need not remove it any more"):

@@ -509,6 +509,7 @@ def local_hub(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_the_real_hub_library_against_a_local_server(local_hub, tmp_path):
     import json
     import os

@@ -254,6 +254,7 @@ ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
 SLOW_STEP = ENDLESS + "SELECT sum(length(trim(printf('%.99000c', 'a'), printf('%.8000c', 'b') || n || 'a'))) FROM c"
 
 
+@pytest.mark.slow
 def test_default_limits_stop_an_endless_query(connection):
     with pytest.raises(SqlError, match="after 2 s") as caught:
         execute(connection, ENDLESS + "SELECT max(n) FROM c")
@@ -261,6 +262,7 @@ def test_default_limits_stop_an_endless_query(connection):
     assert execute(connection, "SELECT count(*) FROM flights").rows == [(4,)]
 
 
+@pytest.mark.slow
 def test_default_limits_kill_what_sqlite_cannot_interrupt_and_the_worker_is_replaced(db):
     with Worker(db) as worker:
         assert worker.run("SELECT 1").rows == [(1,)]
@@ -471,6 +473,7 @@ def test_corpus_is_large_and_uses_known_words_only():
     assert {reason for case in CORPUS for reason in case["reasons"]} <= {*sql.MESSAGES, "ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CORPUS)), ids=lambda i: f"{i}-{CORPUS[i]['kind'].replace(' ', '-')}")
 def test_hostile_statement_is_stopped_for_its_reason(hostile, number):
     case, (reason, said, next_answer) = CORPUS[number], hostile["answers"][number]
@@ -482,11 +485,13 @@ def test_hostile_statement_is_stopped_for_its_reason(hostile, number):
         assert len(said) < 600
 
 
+@pytest.mark.slow
 def test_hostile_corpus_changes_and_creates_no_file(hostile):
     assert hostile["after"] == hostile["before"]
     assert set(hostile["before"][0]) == {"flights.db", "canary.db", "canary.txt"}
 
 
+@pytest.mark.slow
 def test_hostile_corpus_stays_within_memory(hostile):
     if hostile["peak_mb"] is None:
         pytest.skip("this system tells no peak of child processes")
