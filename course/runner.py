@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.runtime import ROOT, CourseError, runs_dir, write_whole
+from helpers.runtime import ROOT, CourseError, memory_gb, runs_dir, write_whole
 
 NOTEBOOKS = ROOT / "notebooks"
 EVERY = 60  # seconds from line to line where there is no terminal that shows a live one
@@ -226,8 +226,11 @@ def test(arguments: list[str]) -> int:
 
 
 def unit(arguments: list[str], **environment: str) -> int:
-    """The unit tests alone."""
-    return pytest("tests", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90", *arguments, **environment)
+    """The unit tests alone: two processes of them, with half of the cores each, unless they run beside something else (`environment`)."""
+    half = halves() if not environment and memory_gb() > 10 else {}
+    two = ["-n", "2", "--dist", "loadfile"] if half else []
+    coverage = ["--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90"]
+    return pytest("tests", "-p", "no:nbval", *two, *coverage, *arguments, **half | environment)
 
 
 def nbval(names: list[str], place: Path | None = None, kernel: str = "python3", out=None, **environment: str) -> int:

@@ -18,14 +18,11 @@ def own_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
 
 
-def shorten(layers: int, target: Path) -> Path:
+def shorten(source: Path, layers: int, target: Path) -> Path:
     """The course model's folder with the first few of its 30 layers: real weights, for what holds of a model of any depth, in less time."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from helpers import models
-
-    source = models.model_path()
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.safetensors", "manifest.json"))
     with safe_open(source / "model.safetensors", "pt") as file:
         kept = [name for name in file.keys() if ".layers." not in name or int(name.split(".")[2]) < layers]  # noqa: SIM118
@@ -38,7 +35,10 @@ def shorten(layers: int, target: Path) -> Path:
 @pytest.fixture(scope="session")
 def shortened(tmp_path_factory):
     """In place of `models.model_path`: the course model with 4 layers, made when it is first asked for."""
-    return functools.cache(lambda name=None: shorten(4, tmp_path_factory.mktemp("shortened") / "SmolLM2-135M-Instruct"))
+    from helpers import models
+
+    whole = models.model_path
+    return functools.cache(lambda name=None: shorten(whole(), 4, tmp_path_factory.mktemp("shortened") / "SmolLM2-135M-Instruct"))
 
 
 @pytest.fixture(scope="module")
@@ -67,4 +67,6 @@ def model32():
     from helpers import models, runtime
 
     runtime.setup()
-    return models.load_model(bits=16, dtype=torch.float32)
+    model = models.load_model(bits=16, dtype=torch.float32)
+    assert model.config.num_hidden_layers == 30, "asked for in a file whose model is short"
+    return model

@@ -1,5 +1,6 @@
 """Training: the same loss as TRL's, float32 adapters, resume, interrupt, kill, export."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -7,10 +8,11 @@ import sys
 
 import pytest
 
-from helpers import adapters, flights, models, recipes, training
+from helpers import adapters, dense, flights, models, recipes, training
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT, CourseError
 
+pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=4, batch_size=2, warmup_steps=1)
 ROWS = [{"question": f"how many flights left in month {m}", "sql": f"SELECT COUNT(*) FROM flights WHERE month = {m}"} for m in range(1, 13)]
 
@@ -100,7 +102,7 @@ def test_one_flag_each_for_rslora_and_dora():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "count"), [("ia3", 57_600), ("prompt", 9_216), ("full", 134_515_008), ("lora", 4_884_480)])
+@pytest.mark.parametrize(("method", "count"), [("ia3", 7_680), ("prompt", 9_216), ("full", 42_472_512), ("lora", 651_264)])
 def test_every_method_trains_what_it_should_in_float32_and_nothing_else(tmp_path, method, count):
     recipe = dataclasses.replace(TINY, method=method, bits=16, steps=2, learning_rate=1e-3)
     built = training.make_trainer(recipe, training.base_model(recipe), models.load_tokenizer(), ROWS, tmp_path, save_strategy="no")
@@ -160,8 +162,10 @@ def test_our_cpu_loss_is_trls_loss(tmp_path, method):
             processing_class=models.load_tokenizer(), peft_config=recipes.peft_config(dataclasses.replace(TINY, method=method)),
         )  # fmt: skip
         batch = built.data_collator([built.train_dataset[i] for i in range(4)])
-        loss = built.compute_loss(built.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
-        loss.backward()
+        built.share_prefix = kind is not SFTTrainer  # as in `fit`
+        with dense.training(built.model) if built.share_prefix else contextlib.nullcontext():
+            loss = built.compute_loss(built.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+            loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in built.model.parameters() if p.grad is not None])
         results.append((loss.detach(), gradient))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
@@ -200,11 +204,12 @@ def test_interrupt_before_the_first_checkpoint_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_in_training_resumes(tmp_path):
+def test_kill_minus_nine_in_training_resumes(tmp_path, shortened):
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-from helpers import adapters, recipes, runtime, training
+from helpers import models, runtime, training
+models.model_path = lambda name=None: Path({str(shortened())!r})
 runtime.setup()
 from test_recipes import trainer
 from transformers import TrainerCallback

@@ -359,6 +359,21 @@ def test_unit_tests_and_notebooks_run_side_by_side_and_each_failure_counts(monke
     assert runner.test([]) == (failing in ("unit", "others")) and ran == [("unit", {})] + [("others", {})] * (failing != "unit")
 
 
+@pytest.mark.parametrize(
+    ("gb", "beside", "two", "told"),
+    [(16.0, {}, True, {"OMP_NUM_THREADS": "1"}), (7.0, {}, False, {}), (16.0, {"OMP_NUM_THREADS": "2"}, False, {"OMP_NUM_THREADS": "2"})],
+    ids=["alone", "little memory", "beside notebooks"],
+)
+def test_unit_tests_take_two_processes_where_they_have_the_machine_to_themselves(monkeypatch, gb, beside, two, told):
+    ran = []
+    monkeypatch.setattr(runner, "pytest", lambda *arguments, **environment: ran.append((arguments, environment)) or 3)
+    monkeypatch.setattr(runner, "halves", lambda: {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(runner, "memory_gb", lambda: gb)
+    assert runner.unit(["-x"], **beside) == 3
+    ((arguments, environment),) = ran
+    assert environment == told and ("-n" in arguments) is two and arguments[-1] == "-x" and "--cov-fail-under=90" in arguments
+
+
 def test_two_programs_share_the_cores(monkeypatch):
     monkeypatch.setattr(runner.shutil, "which", lambda name: None)
     for cores, told in ((1, {}), (2, {"OMP_NUM_THREADS": "1"}), (8, {"OMP_NUM_THREADS": "4"})):
