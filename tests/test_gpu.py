@@ -42,6 +42,7 @@ def cpu(monkeypatch):
     assert device.dtype == torch.float16
     monkeypatch.setattr(gpu, "need_gpu", lambda: None)
     monkeypatch.setattr(gpu, "card", lambda: device)
+    monkeypatch.setattr(gpu, "as_itself", lambda: [])
     monkeypatch.setattr(gpu.runner, "nbval", lambda names, **environment: calls.append((names, environment)) or 0)
     return calls
 
@@ -56,14 +57,20 @@ def float16():
     return torch.float16
 
 
+def bfloat16():
+    import torch
+
+    return torch.bfloat16
+
+
 # ---------------------------------------------------------------- the plan
 
 
 def test_the_published_shapes_fit_a_t4(monkeypatch):
     monkeypatch.undo()
-    plans = [gpu.plan(menu.MENU[name].config(), "cuda", float16(), T4)[:2] for name in gpu.SHAPES]
-    assert plans == [(8, False), (8, True)] and gpu.LENGTH == 256
-    assert gpu.plan(menu.MENU[gpu.SHAPES[1]].config(), "cuda", float16(), 6.4e9)[:2] == (4, True)
+    plans = [gpu.plan(menu.MENU[name].config(), "cuda", float16(), T4) for name in gpu.SHAPES]
+    assert plans == [gpu.Case("qlora", 8, checkpointing, rank=16, length=256) for checkpointing in (False, True)]
+    assert gpu.plan(menu.MENU[gpu.SHAPES[1]].config(), "cuda", float16(), 6.4e9).rows == 4
 
 
 def test_what_fits_nowhere_is_refused():
@@ -174,6 +181,7 @@ def test_the_trained_model_is_looked_at_too(monkeypatch):
     assert row["passed"] and row["finite"] and row["weights"][0] == pytest.approx(row["weights"][1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_wrong_estimate_fails(monkeypatch, cpu, capsys):
     right = gpu.estimate
     monkeypatch.setattr(gpu, "estimate", lambda *a: (parts := right(*a)) | {"activations": parts["activations"] + budget.total(parts) // 3})
@@ -194,6 +202,7 @@ def test_the_gates_edges(weights, peak, finite, passed):
     assert gpu.passes({"weights": [1000, 1000 * weights], "peak": [1000, 1000 * peak], "finite": finite}) == passed
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_fail(monkeypatch):
     import torch
 
@@ -202,10 +211,12 @@ def test_weights_that_overflow_fail(monkeypatch):
     assert gpu.finite(model, tokens)
     model.model.norm.weight.data.fill_(float("inf"))
     assert not gpu.finite(model, tokens)
-    row = gpu.measure("it", model, tokens, False, gpu.estimate(config(), 1, False, "cpu", float16()), "cpu", float16())
+    case = gpu.Case("qlora", 1, False, length=8)
+    row = gpu.measure("it", model, tokens, case, gpu.estimate(config(), case, "cpu", float16()), "cpu", float16())
     assert not row["finite"] and not row["passed"]
 
 
+@pytest.mark.slow
 def test_gradients_that_overflow_fail(monkeypatch):
     """The logits are finite here, but no update goes through."""
     import torch
@@ -214,10 +225,12 @@ def test_gradients_that_overflow_fail(monkeypatch):
     monkeypatch.setattr(gpu, "finite", lambda *a: True)
     model, tokens = gpu.random_model(config(), "cpu", float16()), torch.zeros(1, 8, dtype=torch.long)
     model.model.norm.weight.data.fill_(float("inf"))
-    row = gpu.measure("it", model, tokens, False, gpu.estimate(config(), 1, False, "cpu", float16()), "cpu", float16())
+    case = gpu.Case("qlora", 1, False, length=8)
+    row = gpu.measure("it", model, tokens, case, gpu.estimate(config(), case, "cpu", float16()), "cpu", float16())
     assert not row["finite"] and not row["passed"]
 
 
+@pytest.mark.slow
 def test_adapters_are_float32_beside_4_bit_layers(monkeypatch):
     import peft
     import torch
@@ -235,6 +248,7 @@ def test_adapters_are_float32_beside_4_bit_layers(monkeypatch):
     )  # a step was made
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_one_sentence(monkeypatch):
     import torch
 
@@ -244,6 +258,77 @@ def test_out_of_memory_is_one_sentence(monkeypatch):
     monkeypatch.setattr(gpu, "measure", full)
     with pytest.raises(CourseError, match="ran out of memory where the planner says it fits: end what else uses the GPU and run again.$"):
         gpu.check(gpu.SHAPES[0], "cpu", float16(), T4)
+
+
+# ---------------------------------------------------------------- notebook 01's table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in gpu.TABLE if "8 of 512" not in name or "no checkpointing" in name])
+def test_a_step_of_the_table_takes_what_the_planner_says(monkeypatch, name):
+    """Cut small, on a CPU, in bfloat16: two rows in place of eight, 32 tokens in place of 512."""
+    case = dataclasses.replace(gpu.TABLE[name], rows=min(2, gpu.TABLE[name].rows), length=32)
+    row = gpu.check_case(name, config(gpu.SHAPES[1]), case, "cpu", bfloat16())
+    print(gpu.table([row]))
+    assert row["finite"] and row["tokens"] == [case.rows, 32] and row["model"] == name and abs(gpu.error(row, "weights")) < 1e-3
+    if case.method != "full":
+        assert row["passed"] and abs(gpu.error(row, "peak")) < 0.03
+    else:  # a CPU has no kernel for bitsandbytes' optimizers: float32 copies of the matrix at hand, up to six
+        copy = 4 * SMALL["vocab_size"] * SMALL["hidden_size"]
+        assert 0 < row["peak"][0] - row["peak"][1] < 6 * copy
+
+
+def test_the_table_in_full():
+    assert len(gpu.TABLE) == 10 and {case.length for case in gpu.TABLE.values()} == {512} and {case.rank for case in gpu.TABLE.values()} == {8}
+    methods = [case.method for case in gpu.TABLE.values()]
+    assert methods == ["full"] * 4 + ["lora"] * 3 + ["qlora"] * 3
+    assert sorted(name for name, case in gpu.TABLE.items() if case.rows == 8) == sorted(name for name in gpu.TABLE if "8 of 512" in name)
+    assert [name for name, case in gpu.TABLE.items() if not case.checkpointing] == [f"{m} r = 8, 8 of 512, no checkpointing" for m in ("LoRA", "QLoRA")]
+
+
+@pytest.mark.parametrize(
+    ("memory", "dtype", "fit"),
+    [(T4, "float16", 2), (24e9, "bfloat16", 4), (80e9, "bfloat16", 8), (150e9, "bfloat16", 10), (150e9, "float16", 6)],
+)
+def test_what_cannot_fit_a_card_is_left_out_and_said(monkeypatch, capsys, memory, dtype, fit):
+    import torch
+
+    monkeypatch.undo()  # the published shape
+    monkeypatch.setattr(gpu, "check_case", lambda name, config, case, device, dtype: name)
+    measured = gpu.check_table("cuda", getattr(torch, dtype), memory)
+    said = capsys.readouterr().out
+    assert len(measured) == fit and said.count("left out: ") == 10 - fit
+    assert all(f"left out: {name}: " in said for name in gpu.TABLE if name not in measured)
+    assert ("weights in float16 can't be trained" in said) == (dtype == "float16")
+
+
+def test_the_planner_is_near_every_recorded_row(monkeypatch):
+    monkeypatch.undo()
+    record, shape = budget.recorded(), menu.MENU[gpu.TABLE_MODEL].config()
+    assert set(record["rows"]) <= set(gpu.TABLE) and record["card"] and record["versions"]["bitsandbytes"]
+    for name, row in record["rows"].items():
+        case = gpu.TABLE[name]
+        assert budget.total(gpu.estimate(shape, case, "cuda", bfloat16())) == pytest.approx(row["peak"], rel=0.03), name
+        assert row["reserved"] > row["peak"]
+        assert row["tokens_per_second"] == pytest.approx(case.rows * case.length / row["seconds"], rel=1e-3)
+
+
+def test_a_record_is_written_as_budget_reads_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "DATA", tmp_path)
+    monkeypatch.setattr(budget, "DATA", tmp_path)
+    monkeypatch.delenv("COURSE_PROFILE", raising=False)
+    device = runtime.decide("cuda", "NVIDIA H100", 85.0, (9, 0))
+    row = {"model": "QLoRA r = 8, one text of 512", "tokens": [1, 512], "checkpointing": True, "weights": [4, 4], "peak": [10**9, 10**9]}
+    row |= {"reserved": 2 * 10**9, "seconds": 0.25, "finite": True, "passed": True}
+    monkeypatch.setattr(gpu, "need_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "as_itself", lambda: [row])
+    monkeypatch.setattr(gpu.runtime, "setup", lambda: device)
+    monkeypatch.setattr(gpu.runtime, "device", lambda: device)
+    assert gpu.main(["--record"]) == 0
+    kept = budget.recorded()
+    assert (kept["card"], kept["profile"], kept["dtype"]) == ("NVIDIA H100", "none", "bfloat16") and kept["versions"]["python"].startswith("3.")
+    assert kept["rows"] == {"QLoRA r = 8, one text of 512": {"peak": 10**9, "reserved": 2 * 10**9, "seconds": 0.25, "tokens_per_second": 2048}}
+    assert "2,048" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the command
@@ -274,7 +359,7 @@ def test_the_whole_command(monkeypatch, cpu, capsys):
     assert kept["passed"] and kept["notebooks"] == "passed" and len(kept["rows"]) == 3 and str(runs_dir()) not in text
 
 
-ROW = {"model": "it", "tokens": [8, 256], "checkpointing": False, "weights": [10**9, 10**9], "peak": [2 * 10**9, 21 * 10**8], "seconds": 1.5}
+ROW = {"reserved": 0, "model": "it", "tokens": [8, 256], "checkpointing": False, "weights": [10**9, 10**9], "peak": [2 * 10**9, 21 * 10**8], "seconds": 1.5}
 
 
 @pytest.mark.parametrize(
