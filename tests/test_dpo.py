@@ -1,5 +1,6 @@
 """Notebook 04: pairs and their errors, log-probabilities, the same loss as TRL's, the cure of its rounding, whole runs, what came of them."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,11 +9,12 @@ import types
 import pytest
 
 from course import sweeps
-from helpers import adapters, dpo, flights, generation, models, preferences, recipes, runtime, scoreboard, training
+from helpers import adapters, dense, dpo, flights, generation, models, preferences, recipes, runtime, scoreboard, training
 from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT, CourseError
 
+pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=2, rank=4, alpha=8, batch_size=2, warmup_steps=0, examples=8)
 PAIRS = [
     {"prompt": "flights in May?", "chosen": "SELECT COUNT(*) AS flights FROM flights WHERE month = 5", "rejected": "SELECT COUNT(*) FROM flights"},
@@ -472,14 +474,16 @@ def test_our_cpu_loss_is_trls_loss_and_the_formula(tmp_path, tokenizer, weight):
         torch.manual_seed(1)
         shake(built.model, 0.01)  # away from the reference
         batch = built.data_collator([built.train_dataset[i] for i in range(4)])
-        loss = built.compute_loss(built.model, batch)
-        loss.backward()
+        built.share_prefix = kind is not DPOTrainer  # as in `fit`
+        with dense.training(built.model) if built.share_prefix else contextlib.nullcontext():
+            loss = built.compute_loss(built.model, batch)
+            loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in built.model.parameters() if p.grad is not None])
         results.append((loss.detach(), gradient, looked_at(built)))
     theirs, ours = results
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-3, atol=1e-4)
-    assert len(ours[1]) == 4_884_480 and theirs[1].abs().max() > 0.01
+    assert len(ours[1]) == 651_264 and theirs[1].abs().max() > 0.01
     compared = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
     assert {k: ours[2][k] for k in compared} == pytest.approx({k: theirs[2][k] for k in compared}, rel=1e-4, abs=1e-4)
     unread = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
@@ -518,7 +522,7 @@ def test_the_first_margin_is_0_only_because_trls_rounding_is_undone(tmp_path, to
 
 
 @pytest.fixture(scope="module")
-def answered():
+def answered(short_model):
     """A 4-bit model that has answered; skipped where bitsandbytes doesn't pack its weights for that (no AVX-512 BF16, or a GPU)."""
     runtime.setup()
     model, tokenizer = models.load_model(4), models.load_tokenizer()
@@ -554,7 +558,7 @@ def test_watching_never_packs_the_weights_that_are_to_be_trained(tmp_path, token
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
+def started(tmp_path_factory, short_model):
     """A runs folder in which the tiny starting adapter is trained."""
     folder = tmp_path_factory.mktemp("started")
     with pytest.MonkeyPatch.context() as patch:
@@ -626,13 +630,15 @@ def test_a_whole_run(tmp_path, started, tokenizer, monkeypatch, capsys, method):
 
 
 @pytest.mark.slow
-def test_sampling_at_a_temperature(model32, tokenizer):
+def test_sampling_at_a_temperature(tokenizer):
     import torch
+
+    model = models.load_model(16, torch.float32)
 
     def sample(seed, temperature=2.0):
         torch.manual_seed(seed)
         return generation.generate(
-            model32, tokenizer, [flights.chat("How many flights left JFK in July?")] * 8, max_new_tokens=8, temperature=temperature
+            model, tokenizer, [flights.chat("How many flights left JFK in July?")] * 8, max_new_tokens=8, temperature=temperature
         )
 
     greedy = sample(0, temperature=0)

@@ -9,6 +9,7 @@ from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError, decide
 
+pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=4, batch_size=2, warmup_steps=1)
 ROWS = [{"question": f"how many flights left in month {m}", "sql": f"SELECT COUNT(*) FROM flights WHERE month = {m}"} for m in range(1, 13)]
 MISTRAL = menu.MENU["Mistral-7B-Instruct-v0.3"].config()

@@ -314,7 +314,9 @@ def test_worker_that_dies_in_a_query_gives_a_reason(db):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no signals to the own process")
-def test_interrupted_query_does_not_answer_the_next_one(db):
+def test_interrupted_query_does_not_answer_the_next_one(db, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's processes ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with Worker(db, Limits(seconds=20, kill_seconds=20)) as worker:
         worker.run("SELECT 1")
         threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
