@@ -307,9 +307,7 @@ def side_by_side(points: int) -> tuple[int, int]:
     """How many points at a time, and the threads of each: on a GPU one, else one for each core that has the memory for it."""
     import psutil
 
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()  # a Mac has no affinity
     cores = min(cores, psutil.cpu_count(logical=False) or cores)
     if device().kind == "cuda":
         return 1, cores

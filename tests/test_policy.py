@@ -297,8 +297,8 @@ def test_a_simulated_t4_trains_in_float16(tmp_path, t4, method):
     assert real >= 2 and {int(s["step"]) for s in trainer.optimizer.state.values()} == {real}
     rates = [h["learning_rate"] for h in history]  # the learning rate waits for a step that was skipped
     assert all((rates[i] == rates[i + 1]) != taken for i, taken in enumerate(scaler.finite[:-1]))
-    if method == "sft":
-        assert scaler.finite == (False, True, True, True)
+    if method == "sft":  # the first scale is too large here, the last steps are taken; between them the processor's rounding decides
+        assert not scaler.finite[0] and scaler.finite[-2:] == (True, True)
 
 
 @pytest.mark.slow

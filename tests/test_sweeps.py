@@ -46,7 +46,7 @@ def machine(monkeypatch, tmp_path):
         launched.append((what, sweep, name, threads))
         sweeps.folder().mkdir(parents=True, exist_ok=True)
         arguments = [str(sweeps.folder()), name, does.get(name, "work"), waits.get(name, ""), json.dumps(made(name))]
-        with open(sweeps.folder() / f"{name}.log", "w") as log:
+        with open(sweeps.folder() / f"{name}.log", "w", encoding="utf-8") as log:
             processes.append(subprocess.Popen([sys.executable, "-c", POINT, *arguments], stdout=log, stderr=log))
         return processes[-1]
 
@@ -179,7 +179,7 @@ def test_points_at_a_time_and_threads_each(monkeypatch, kind, cores, free, point
     import psutil
 
     monkeypatch.setattr(sweeps, "device", lambda: SimpleNamespace(kind=kind))
-    monkeypatch.setattr(sweeps.os, "sched_getaffinity", lambda process: set(range(2 * cores)), raising=False)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda process: list(range(2 * cores)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: cores)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     assert sweeps.side_by_side(points) == expected
