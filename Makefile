@@ -40,7 +40,7 @@ kit-check: install ## the kit of this system, installed and run with networking 
 test: install ## every test: unit tests, then nbval over every notebook
 	@$(RUN) -m course test
 
-test-fast: install ## the quick tests, for each commit (under a minute)
+test-fast: install ## the quick tests, for each commit (one to two minutes)
 	@$(RUN) -m ruff check . && $(BIN)/lint-imports --no-cache --no-logo && OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile -p no:nbval tests
 
 test-unit: install ## the unit tests alone
