@@ -196,7 +196,7 @@ def all_notebooks() -> list[str]:
     return [path.relative_to(NOTEBOOKS).with_suffix("").as_posix() for place in ("*", "solutions/*") for path in sorted(NOTEBOOKS.glob(f"{place}.ipynb"))]
 
 
-LONGEST, AFTER = "03_sft_with_trl", "04_dpo"  # takes as long as all others and the unit tests; what goes on from its adapter
+LONGEST = ("03_sft_with_trl", "04_dpo")  # take as long as all others and the unit tests; 04 goes on from what 03 has trained
 
 
 def pytest(*arguments: str, out=None, **environment: str) -> int:
@@ -212,17 +212,17 @@ def halves() -> dict[str, str]:
 
 
 def test(arguments: list[str]) -> int:
-    """Unit tests with line coverage of helpers and course, and nbval (lax) over every notebook. On a CPU the longest notebook runs
-    beside the others, with half of the cores each: together they do half as much again as one program with all of them."""
+    """Unit tests with line coverage of helpers and course, and nbval (lax) over every notebook. On a CPU the two longest notebooks
+    run beside all else, with half of the cores each: together they do half as much again as one program with all of them."""
     if not (half := halves()):
         return unit(arguments) or nbval(all_notebooks())
-    others = [name for name in all_notebooks() if name not in (LONGEST, AFTER)]
-    with tempfile.TemporaryDirectory() as runs, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said, ThreadPoolExecutor(1) as beside:
-        longest = beside.submit(nbval, [LONGEST], out=said, COURSE_RUNS=runs, **half)
+    others = [name for name in all_notebooks() if name not in LONGEST]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said, ThreadPoolExecutor(1) as beside:
+        longest = beside.submit(nbval, list(LONGEST), out=said, **half)
         failed = unit(arguments, **half) + nbval(others, **half) + longest.result()
         said.seek(0)
-        print(f"\nbeside these, {LONGEST}:\n{said.read()}", flush=True)
-        return int(bool(failed + nbval([AFTER], COURSE_RUNS=runs)))
+        print(f"\nbeside these, {' and '.join(LONGEST)}:\n{said.read()}", flush=True)
+        return int(bool(failed))
 
 
 def unit(arguments: list[str], **environment: str) -> int:
