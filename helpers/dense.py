@@ -28,18 +28,24 @@ def written_out(model):
     W + sBA isn't rounded to 4 bits again, so that answers are those of the adapter beside NF4 (tested). Where it doesn't pay
     (`wanted`), or where they are written out already, nothing is changed.
     """
-    changed = []
-    if wanted(model) and not any(isinstance(vars(module).get("forward"), _Linear) for module in model.modules()):
-        for module, weight in _weights(model):
-            changed.append((module, vars(module).get("forward")))
-            module.forward = _Linear(weight, module.bias)
+    already = any(isinstance(vars(module).get("forward"), _Linear) for module in model.modules())
+    with _forwards([(module, _Linear(weight, module.bias)) for module, weight in _weights(model)] if wanted(model) and not already else []):
+        yield
+
+
+@contextmanager
+def _forwards(replaced):
+    """Within a `with`, each module of the (module, forward) pairs has that forward; afterwards the one that it had."""
+    before = [(module, vars(module).get("forward")) for module, _ in replaced]
+    for module, forward in replaced:
+        module.forward = forward
     try:
         yield
     finally:
-        for module, before in changed:
+        for module, forward in before:
             del module.forward  # the class's own again
-            if before:
-                module.forward = before
+            if forward:
+                module.forward = forward
 
 
 class _Linear:
@@ -57,13 +63,12 @@ class _Linear:
 def _weights(model):
     """The layers that can be written out, each with its matrix (out, in)."""
     from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora import LoraLayer
 
     inside = set()
     for module in model.modules():
         if id(module) in inside:
             continue
-        if isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features"):
+        if _adapted_linear(module):
             if module.merged or module.disable_adapters or any(getattr(module, "use_dora", {}).values()):
                 continue  # what stands in it is looked at by itself
             weight = plain(module.get_base_layer())
@@ -95,16 +100,15 @@ def training(model):
     dequantized once a step, not twice. Takes the memory of the written out weights for as long as a step. Where it doesn't
     pay (`wanted`) nothing is changed.
     """
+    with _forwards([(module, _Adapted(module)) for module in model.modules() if _adapted_linear(module)] if wanted(model) else []):
+        yield
+
+
+def _adapted_linear(module) -> bool:
+    """Whether it is a linear layer with a LoRA adapter."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and hasattr(m.get_base_layer(), "in_features")] if wanted(model) else []
-    for layer in layers:
-        layer.forward = _Adapted(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    return isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features")
 
 
 class _Adapted:
