@@ -28,9 +28,12 @@ def written_out(model):
     W + sBA isn't rounded to 4 bits again, so that answers are those of the adapter beside NF4 (tested). Where it doesn't pay
     (`wanted`), or where they are written out already, nothing is changed.
     """
-    already = any(isinstance(vars(module).get("forward"), _Linear) for module in model.modules())
-    with _forwards([(module, _Linear(weight, module.bias)) for module, weight in _weights(model)] if wanted(model) and not already else []):
+    with _forwards([(module, _Linear(weight, module.bias)) for module, weight in _weights(model)] if wanted(model) and not _are_written_out(model) else []):
         yield
+
+
+def _are_written_out(model) -> bool:
+    return any(isinstance(vars(module).get("forward"), _Linear) for module in model.modules())
 
 
 @contextmanager
