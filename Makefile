@@ -62,10 +62,10 @@ timings: install ## write the measured times of the stored notebooks wherever ti
 	@$(RUN) -m course.timings
 
 sweeps: install ## run and record what costs hours: data/results/*.json
-	@$(RUN) -m course.sweeps run $(SWEEP)
+	@$(RUN) -m course.recording run $(SWEEP)
 
 sweeps-check: install ## re-run recorded points at random and compare
-	@$(RUN) -m course.sweeps check
+	@$(RUN) -m course.recording check
 
 bench: install ## speed and memory, side by side in one run
 	@$(RUN) benchmarks/busy.py && $(RUN) benchmarks/training.py && $(RUN) benchmarks/evaluation.py && $(RUN) benchmarks/preference.py

@@ -10,7 +10,7 @@ import json
 import sys
 
 from helpers import adapters, dense, dpo, flights, generation, models, sql
-from helpers.extract import complete, extract_sql
+from helpers.extract import extract_sql
 from helpers.runtime import CourseError, setup
 
 MAX_QUESTION = 500  # characters
@@ -36,7 +36,7 @@ class Asker:
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
         if len(question) > MAX_QUESTION:
             return reply | {"error": f"The question has {len(question):,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
-        text = generation.generate(self.model, self.tokenizer, [flights.chat(question, self.system)], stop=complete)[0]
+        (text,), _ = generation.ask(self.model, self.tokenizer, [{"question": question}], self.system)
         reply["sql"] = extract_sql(text)
         if not reply["sql"]:
             return reply | {"error": flights.REFUSAL if flights.REFUSAL[:-1] in text else "The model wrote no query; try other words."}

@@ -5,6 +5,8 @@ import re
 START = re.compile(r"\bSELECT\b|\bWITH\s+(RECURSIVE\s+)?\w+\s*(\([^)]*\)\s*)?AS\b", re.I)
 QUERY = re.compile(r"(?:'(?:[^']|'')*'|\n(?!\s*\n)|[^;'\n])*")  # up to a semicolon or blank line that is not quoted
 
+ENDS = ";`\n"  # without one of these in it, no further piece of an answer makes it `complete`
+
 
 def _parts(answer: str) -> tuple[str, bool, bool]:
     """The query in an answer as it stands, whether something ends it, and whether a fence holds it."""

@@ -1,11 +1,12 @@
 """Asking a model many questions: greedy or sampled answers, in batches that share what all prompts begin with."""
 
+import functools
 import itertools
 import time
 from dataclasses import dataclass, field
 
 from helpers import dense, prefix
-from helpers.extract import complete
+from helpers.extract import ENDS, complete
 from helpers.flights import SYSTEM_PROMPT, chat
 from helpers.runtime import progress_bar
 
@@ -15,13 +16,13 @@ READ_TOKENS = 2048  # of prompts at once: more only takes memory
 
 
 def generate(
-    model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int | None = None, progress: str = "", temperature: float = 0, stop=None
+    model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int | None = None, progress: str = "", temperature: float = 0, stop=None, stop_at=""
 ) -> list[str]:
     """Answers to a list of chats (each a list of messages), in the order asked: greedy, or sampled at a `temperature`.
 
     What all prompts begin with (a schema, few-shot examples) is run through the model once, and one copy of its keys and
     values serves all rows (`prefix`). A row ends at the end of the turn, or where `stop`, a function of the text so far, says
-    so; the next question then takes its place. `batch_size`: rows at once (None: as many as memory allows). In float32 the
+    so (it is asked after tokens that hold one of the characters `stop_at`, "": after each); the next question then takes its place. `batch_size`: rows at once (None: as many as memory allows). In float32 the
     answers don't depend on it (tested); in 16 bits a near-tie can fall either way. `progress` names the bar (none if empty).
     """
     import torch
@@ -31,8 +32,10 @@ def generate(
     if not prompts:
         return answers
     base = model.get_base_model() if hasattr(model, "peft_config") else model
+    may_end = functools.cache(lambda token: not stop_at or any(c in stop_at for c in _text(tokenizer, [token])))
+    ended = stop and (lambda ids: may_end(ids[-1]) and stop(_text(tokenizer, ids)))
     with torch.inference_mode(), prefix.attention(base), dense.written_out(model), progress_bar(len(prompts), progress) as bar:
-        for row, ids in _Run(model, base, prompts, max_new_tokens, batch_size, temperature).answers(stop and (lambda ids: stop(_text(tokenizer, ids)))):
+        for row, ids in _Run(model, base, prompts, max_new_tokens, batch_size, temperature).answers(ended):
             answers[row] = _text(tokenizer, ids).strip()
             bar.update(1)
     return answers
@@ -165,4 +168,4 @@ def ask(model, tokenizer, questions, system: str = SYSTEM_PROMPT, shots=None, pr
     """Answers to a split's questions and the seconds it took. `shots` maps a question to its few-shot rows."""
     start = time.perf_counter()
     chats = [chat(q["question"], system, shots(q["question"]) if shots else ()) for q in questions]
-    return generate(model, tokenizer, chats, progress=progress, stop=complete, **kwargs), time.perf_counter() - start
+    return generate(model, tokenizer, chats, progress=progress, stop=complete, stop_at=ENDS, **kwargs), time.perf_counter() - start

@@ -2,32 +2,18 @@
 
 import json
 import os
-import timeit
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 
 import huggingface_hub
 
-from helpers import budget
+from helpers import budget, times
 from helpers.menu import COURSE_MODEL, Entry
 from helpers.recipes import SFTRecipe, needs_checkpointing, step_gb
 from helpers.runtime import CourseError, device
 
 FILES = ["*.json", "*.jinja", "model*.safetensors"]  # no pickles, no code, and not Mistral's second copy of its weights
-# a training example's mean tokens, padding included; training's share of the matmul rate: the main run took 306 s on a CPU with 1.46 TFLOP/s
-ROW_TOKENS, SHARE = 67, 0.3
-
-
-def matmul_rate(rows: int = 512, width: int = 2048) -> float:
-    """FLOP/s of a matrix product on this machine's device in its dtype (the better of 3, a fraction of a second).
-
-    As many rows as a batch has tokens, each product waited for: so small a one leaves a large GPU partly idle, as training does.
-    """
-    import torch
-
-    a, b = (torch.ones(n, width, dtype=device().dtype, device=device().kind) for n in (rows, width))
-    return 2 * rows * width**2 / min(timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=4)[1:])  # the first one warms up
 
 
 def estimate(entry: Entry) -> str:
@@ -36,7 +22,8 @@ def estimate(entry: Entry) -> str:
     again = needs_checkpointing(recipe, entry.name)
     sizes = [budget.total(entry.memory(bits, here.dtype.itemsize)) / 1e9 for bits in (16, 4)] + [step_gb(recipe, entry.name, again)]
     at16, at4, step = (f"{gb:.1f} GB ({'fits' if gb <= here.memory_gb else 'does not fit'})" for gb in sizes)
-    minutes = budget.training_seconds(entry.parameters, recipe.steps * recipe.batch_size * ROW_TOKENS, SHARE * matmul_rate(), again) / 60
+    tokens, rate = times.training_pace()
+    minutes = budget.training_seconds(entry.parameters, recipe.steps * recipe.batch_size * tokens, rate, again) / 60
     train = f"{step} to train at 4 bits{again * ' with gradient checkpointing'}, about {max(1, minutes):,.0f} minutes for {recipe.steps} steps"
     return f"Estimates for this machine's {here.memory_gb:.1f} GB: {at16} at 16 bits, {at4} at 4; {train}."
 

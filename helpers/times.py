@@ -10,6 +10,7 @@ from helpers.runtime import DATA, device
 KEPT = DATA / "results" / "times.json"  # measured runs of the notebooks, one for each kind of processor (make refresh, make timings)
 LINEAR, HEAD, LORA = 106_168_320, 28_311_552, 305_280  # weights of the course model: layers, head; of an adapter for each unit of rank
 ROW_TOKENS, LEARNT = 55, 30  # of a training example: those that a step computes (what all share is run once), and those learnt
+PADDED_TOKENS, GPU_SHARE = 67, 0.3  # on a GPU: padding and what all share included; of the matmul rate, for models large enough to fill it
 # The share of the matmul rate that each kind of work reaches, on a CPU by dtype. The rest is attention, norms, the cache.
 TRAINING = {"float32": 0.6, "bfloat16": 0.45}
 ANSWERING = {"float32": 0.7, "bfloat16": 0.5}
@@ -149,6 +150,12 @@ def table(at: Rates | None = None, step: float | None = None) -> str:
     parts = minutes(at := at or rates(), step * recipe.steps / seconds(sft(recipe), at) if step else 1)
     lines = [f"  {name:22}{max(1, value):4.0f}" for name, value in (parts | {"make course": sum(parts.values())}).items()]
     return "\n".join(["Minutes on this machine, estimated:", *lines])
+
+
+def training_pace(at: Rates | None = None) -> tuple[int, float]:
+    """For a model of any size: the tokens of a training example that a step computes, and the FLOP/s that training reaches."""
+    at = at or rates()
+    return (PADDED_TOKENS, GPU_SHARE * at.training) if at.kind == "cuda" else (ROW_TOKENS, TRAINING[at.dtype] * at.training)
 
 
 # ---------------------------------------------------------------- measured runs

@@ -12,7 +12,7 @@ import sys
 import nbformat
 import pytest
 
-from course import runner, sweeps
+from course import measure, recording, runner, sweeps
 from helpers import ask, baselines, doctor, flights, generation, scoreboard
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT, CourseError
@@ -227,8 +227,8 @@ def test_records_hold_every_question():
 @pytest.fixture
 def here(monkeypatch):
     """Points are run in this process, one after another, and no hours are told."""
-    monkeypatch.setattr(sweeps, "results", lambda todo: ((name, sweeps.run_point(*place)) for name, place in todo.items()))
-    monkeypatch.setattr(sweeps, "tell", lambda only: None)
+    monkeypatch.setattr(measure, "results", lambda todo: ((name, measure.run_point(*place)) for name, place in todo.items()))
+    monkeypatch.setattr(recording, "tell", lambda only: None)
 
 
 def test_sweeps_run_writes_after_each_point_and_goes_on(monkeypatch, tmp_path, here):
@@ -248,16 +248,16 @@ def test_sweeps_run_writes_after_each_point_and_goes_on(monkeypatch, tmp_path, h
             "splits": {"validation": {"seconds": 1, "records": RECORDS}},
         }
 
-    monkeypatch.setattr(sweeps, "run_point", run_point)
+    monkeypatch.setattr(measure, "run_point", run_point)
     with pytest.raises(KeyboardInterrupt):
-        sweeps.run()
+        recording.run()
     assert [r["seed"] for r in scoreboard.recorded("small")] == [0] and len(sweeps.stale()) == 1
-    sweeps.run()
+    recording.run()
     assert [r["seed"] for r in scoreboard.recorded("small")] == [0, 1] and made == [0, 1, 1] and sweeps.stale() == []
-    assert sweeps.check() == 0
+    assert recording.check() == 0
     wrong = [dict(r, correct=False) for r in RECORDS]
-    monkeypatch.setattr(sweeps, "run_point", lambda *_: {"splits": {"validation": {"records": wrong}}})
-    assert sweeps.check() == 1
+    monkeypatch.setattr(measure, "run_point", lambda *_: {"splits": {"validation": {"records": wrong}}})
+    assert recording.check() == 1
 
 
 def test_one_call_searches_and_then_runs_each_method_at_the_rate_it_found(monkeypatch, tmp_path, here):
@@ -279,9 +279,9 @@ def test_one_call_searches_and_then_runs_each_method_at_the_rate_it_found(monkey
             "splits": {"validation": {"seconds": 1, "records": records}},
         }
 
-    monkeypatch.setattr(sweeps, "run_point", run_point)
+    monkeypatch.setattr(measure, "run_point", run_point)
     assert sweeps.chosen_rate("QLoRA") is None
-    sweeps.run()
+    recording.run()
     chosen = {r["stage"]: r["recipe"]["learning_rate"] for r in scoreboard.recorded("methods")}
     assert chosen == best | {"prompt tuning": lower_loss} and len(scoreboard.recorded("methods")) == 15
     assert sweeps.stale() == []
@@ -293,11 +293,11 @@ def test_a_point_is_really_run(monkeypatch):
     questions = flights.load_questions("validation").select([0, 1])
     monkeypatch.setattr(sweeps, "splits", lambda sweep: {"validation": questions})
     recipe = sweeps.SFTRecipe(steps=2, batch_size=2, warmup_steps=1)
-    run = sweeps.run_point("examples", {"stage": "sft", "seed": 0, "recipe": recipe})
+    run = measure.run_point("examples", {"stage": "sft", "seed": 0, "recipe": recipe})
     assert run["recipe"]["steps"] == 2 and run["train_seconds"] > 0 and run["key"] == sweeps.key("examples", {"stage": "sft", "recipe": recipe})
-    assert "resumed" not in run and not list(sweeps.folder().glob("*"))
+    assert "resumed" not in run and not list(measure.folder().glob("*"))
     assert [r["id"] for r in run["splits"]["validation"]["records"]] == ["validation-0001", "validation-0002"]
-    run = sweeps.run_point("baselines", {"stage": "nearest-question", "seed": 0})
+    run = measure.run_point("baselines", {"stage": "nearest-question", "seed": 0})
     assert run["recipe"] is None and len(run["splits"]["validation"]["records"]) == 2
 
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from course import sweeps
+from course import measure, sweeps
 from helpers import adapters, dense, dpo, flights, generation, models, preferences, recipes, runtime, scoreboard, training
 from helpers.dpo import DPORecipe
 from helpers.recipes import SFTRecipe
@@ -656,11 +656,11 @@ def test_points_of_the_preference_sweep_are_recorded_whole(monkeypatch, tmp_path
     monkeypatch.setattr(dpo, "PROBE", 2)
     for method, steps in (("dpo", 2), ("none", 0)):
         point = {"stage": method, "seed": 0, "recipe": DPORecipe(start=TINY, method=method, steps=steps, batch_size=2)}
-        run = sweeps.run_point("preference_search", point)
+        run = measure.run_point("preference_search", point)
         assert run["key"] == sweeps.key("preference_search", point) and run["recipe"]["start"]["steps"] == 2
         assert [question for question, _ in run["samples"]] == questions["question"]
         assert len(run["splits"]["validation"]["records"]) == 2
     assert "history" not in run
-    run = sweeps.run_point("preference_search", point | {"recipe": dataclasses.replace(point["recipe"], method="sft", steps=2)})
+    run = measure.run_point("preference_search", point | {"recipe": dataclasses.replace(point["recipe"], method="sft", steps=2)})
     assert [h["step"] for h in run["history"] if "probe/chosen" in h] == [0, 2] and run["tokens"] > 50
     json.dumps(run)

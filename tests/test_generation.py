@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import dense, generation, prefix
-from helpers.extract import complete, extract_sql
+from helpers.extract import ENDS, complete, extract_sql
 from helpers.menu import SIZES
 
 SHAPE = dict(zip(SIZES, (64, 96, 3, 4, 2, 16, 61), strict=True))
@@ -113,6 +113,14 @@ def test_an_answer_ends_where_stop_says_so():
     whole = generation.generate(tiny(), Words(), PROMPTS, 12)
     cut = generation.generate(tiny(), Words(), PROMPTS, 12, stop=lambda text: len(text.split()) == 3)
     assert cut == [" ".join(answer.split()[:3]) for answer in whole] and cut != whole
+
+
+def test_stop_is_asked_only_after_tokens_that_can_end_an_answer():
+    looked_at = []
+    generation.generate(tiny(), Words(), PROMPTS, 12, stop=lambda text: looked_at.append(text), stop_at="5")
+    whole = [answer.split() for answer in generation.generate(tiny(), Words(), PROMPTS, 12)]
+    expected = [" ".join(words[: i + 1]) for words in whole for i, word in enumerate(words) if "5" in word]
+    assert sorted(looked_at) == sorted(expected) != []
 
 
 def test_the_end_of_the_turn_ends_an_answer(monkeypatch):
@@ -272,6 +280,12 @@ def test_when_an_answers_query_is_complete(answer, done):
     if done:  # whatever is added
         for more in ("", "\n", ";", " FROM flights", "'", "\n\nSELECT 2;", "`"):
             assert extract_sql(answer + more) == extract_sql(answer)
+
+
+def test_an_answer_becomes_complete_only_at_an_ending():
+    for answer in ("SELECT ';' ; x", "```sql\nSELECT 'a\n\nb'\n``` x", "```WITH t AS (SELECT 1)\n\nSELECT", "Use SELECT 1;", "`SELECT 1`;"):
+        done = [complete(answer[:i]) for i in range(len(answer) + 1)]
+        assert True in done and all(answer[i - 1] in ENDS for i in range(1, len(done)) if done[i] and not done[i - 1]), answer
 
 
 def test_in_16_bits_answers_and_losses_are_near_the_plain_ones():

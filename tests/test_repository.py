@@ -130,7 +130,6 @@ LARGE = 300  # lines: a file that outgrows them is looked at
 REASONS = {  # larger ones that have been looked at: why each is one file
     "helpers/sql.py": "Guard, limits and worker are one wall against hostile queries, and the worker's process runs this file alone.",
     "course/gpu.py": "Cases, their measurement and their record are one command, for the minutes in which a GPU is at hand.",
-    "course/sweeps.py": "The plan of runs, one run, points side by side and their hours: two rooms too many, the next to be split.",
     "course/exercises.py": "A list of checks, none of which uses another: it grows with the exercises.",
 }
 

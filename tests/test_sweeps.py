@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from course import sweeps
+from course import measure, recording, sweeps
 from helpers import scoreboard, times
 from helpers.recipes import SFTRecipe
 from helpers.runtime import CourseError
@@ -44,18 +44,18 @@ def machine(monkeypatch, tmp_path):
 
     def launch(what, sweep, name, threads):
         launched.append((what, sweep, name, threads))
-        sweeps.folder().mkdir(parents=True, exist_ok=True)
-        arguments = [str(sweeps.folder()), name, does.get(name, "work"), waits.get(name, ""), json.dumps(made(name))]
-        with open(sweeps.folder() / f"{name}.log", "w", encoding="utf-8") as log:
+        measure.folder().mkdir(parents=True, exist_ok=True)
+        arguments = [str(measure.folder()), name, does.get(name, "work"), waits.get(name, ""), json.dumps(made(name))]
+        with open(measure.folder() / f"{name}.log", "w", encoding="utf-8") as log:
             processes.append(subprocess.Popen([sys.executable, "-c", POINT, *arguments], stdout=log, stderr=log))
         return processes[-1]
 
     monkeypatch.setattr(scoreboard, "RESULTS", tmp_path)
     monkeypatch.setattr(sweeps, "plan", lambda: {"small": POINTS})
-    monkeypatch.setattr(sweeps, "side_by_side", lambda points: (2, 1))
-    monkeypatch.setattr(sweeps, "tell", lambda only: None)
-    monkeypatch.setattr(sweeps, "launch", launch)
-    monkeypatch.setattr(sweeps, "POLL", 0.02)
+    monkeypatch.setattr(measure, "side_by_side", lambda points: (2, 1))
+    monkeypatch.setattr(recording, "tell", lambda only: None)
+    monkeypatch.setattr(measure, "launch", launch)
+    monkeypatch.setattr(measure, "POLL", 0.02)
     yield {"does": does, "waits": waits, "launched": launched, "processes": processes}
     for process in processes:
         process.kill()
@@ -67,23 +67,23 @@ def recorded() -> list[str]:
 
 
 def left() -> set[str]:
-    return {path.suffix for path in sweeps.folder().iterdir()} - {".began"}
+    return {path.suffix for path in measure.folder().iterdir()} - {".began"}
 
 
 def test_points_run_side_by_side(machine):
     """The first two each wait until the other has begun."""
     machine["waits"].update({KEYS[0]: KEYS[1], KEYS[1]: KEYS[0]})
-    sweeps.run()
+    recording.run()
     assert recorded() == KEYS and sweeps.stale() == [] and left() == set()
     assert sorted(machine["launched"]) == sorted(("point", "small", name, 1) for name in KEYS)
-    sweeps.run()
+    recording.run()
     assert len(machine["launched"]) == 4  # nothing is done twice
 
 
 def test_a_failing_point_is_named_and_loses_nothing_else(machine, capsys):
     machine["does"][KEYS[1]] = "fail"
     with pytest.raises(CourseError) as failed:
-        sweeps.run()
+        recording.run()
     first, second = str(failed.value).split("\n")
     assert first == "1 failed; the other points are recorded, but for what follows from these:"
     assert second.startswith("small: zero-shot seed 1 SFTRecipe(")
@@ -91,7 +91,7 @@ def test_a_failing_point_is_named_and_loses_nothing_else(machine, capsys):
     assert recorded() == [KEYS[0], KEYS[2], KEYS[3]] and left() == {".log"} and len(machine["launched"]) == 4
     assert "FAILED small: zero-shot seed 1" in capsys.readouterr().out
     machine["does"].clear()
-    sweeps.run()
+    recording.run()
     assert recorded() == KEYS and len(machine["launched"]) == 5 and left() == set()
 
 
@@ -104,43 +104,43 @@ def test_an_interrupted_run_goes_on_where_it_was(machine, monkeypatch):
         if recorded() == KEYS[:2] and len(machine["launched"]) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweeps.time, "sleep", interrupt)
+    monkeypatch.setattr(measure.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        sweeps.run()
+        recording.run()
     assert recorded() == KEYS[:2] and all(process.poll() is not None for process in machine["processes"])  # nobody works on
-    monkeypatch.setattr(sweeps.time, "sleep", sleep)
+    monkeypatch.setattr(measure.time, "sleep", sleep)
     machine["does"].clear()
     del machine["launched"][:]
-    sweeps.run()
+    recording.run()
     assert recorded() == KEYS and {name for _, _, name, _ in machine["launched"]} == set(KEYS[2:])
 
 
 def test_what_a_killed_run_left_is_taken(machine):
-    sweeps.folder().mkdir(parents=True)
+    measure.folder().mkdir(parents=True)
     record = made(KEYS[3]) | {"machine": "an earlier one"}
-    (sweeps.folder() / f"{KEYS[3]}.json").write_text(json.dumps(record), encoding="utf-8")
-    sweeps.run()
+    (measure.folder() / f"{KEYS[3]}.json").write_text(json.dumps(record), encoding="utf-8")
+    recording.run()
     assert recorded() == KEYS and KEYS[3] not in {name for _, _, name, _ in machine["launched"]}
     assert scoreboard.recorded("small")[3] == record and left() == set()
 
 
 def test_a_point_of_two_sweeps_is_run_once_and_recorded_in_both(machine, monkeypatch):
     monkeypatch.setattr(sweeps, "plan", lambda: {"small": POINTS, "other": POINTS[1:2]})
-    sweeps.run()
+    recording.run()
     assert len(machine["launched"]) == 4 and recorded() == KEYS
     assert [run["key"] for run in scoreboard.recorded("other")] == KEYS[1:2]
     (scoreboard.RESULTS / "other.json").unlink()
-    sweeps.run()  # copied
+    recording.run()  # copied
     assert len(machine["launched"]) == 4 and [run["key"] for run in scoreboard.recorded("other")] == KEYS[1:2]
 
 
 def test_the_command_ends_in_a_sentence(machine, monkeypatch, capsys):
-    monkeypatch.setattr(sweeps, "setup", lambda: None)
+    monkeypatch.setattr(recording, "setup", lambda: None)
     machine["does"].update(dict.fromkeys(KEYS, "fail"))
-    assert sweeps.main(["run"]) == 1
+    assert recording.main(["run"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("\n4 failed; ") and said.count("the disk is full") == 4 and "Traceback" not in said
-    assert sweeps.main(["run", "big"]) == 1 and capsys.readouterr().err == "\nThere is no sweep 'big': small.\n"
+    assert recording.main(["run", "big"]) == 1 and capsys.readouterr().err == "\nThere is no sweep 'big': small.\n"
 
 
 @pytest.mark.slow
@@ -148,16 +148,16 @@ def test_a_process_of_its_own_really_runs_a_point():
     """The nearest question: no model. The same answers as recorded, and a second process finds it done."""
     point = next(p for p in sweeps.plan()["baselines"] if p["stage"] == "nearest-question")
     name = sweeps.key("baselines", point)
-    process = sweeps.launch("point", "baselines", name, 1)
-    assert process.wait(timeout=600) == 0, (sweeps.folder() / f"{name}.log").read_text(encoding="utf-8")
-    record, before = sweeps.taken(name), scoreboard.recorded("baselines", "nearest-question")[0]
+    process = measure.launch("point", "baselines", name, 1)
+    assert process.wait(timeout=600) == 0, (measure.folder() / f"{name}.log").read_text(encoding="utf-8")
+    record, before = measure.taken(name), scoreboard.recorded("baselines", "nearest-question")[0]
     assert record["key"] == name and record["machine"].startswith("1 of ")
     for split, part in record["splits"].items():
         pairs = list(zip(part["records"], before["splits"][split]["records"], strict=True))
         in_time = [(new, old) for new, old in pairs if new["kind"] != "does not run (time)"]  # a query may take two seconds: less, on a busy machine
         assert all(new == old for new, old in in_time) and len(in_time) > 0.8 * len(pairs)
-    sweeps.one("point", "baselines", name)  # no model is loaded, nothing is asked
-    assert sweeps.taken(name) == record
+    measure.one("point", "baselines", name)  # no model is loaded, nothing is asked
+    assert measure.taken(name) == record
 
 
 # ---------------------------------------------------------------- how many at a time, how long
@@ -180,37 +180,37 @@ def test_points_at_a_time_and_threads_each(monkeypatch, kind, cores, free, point
 
     import psutil
 
-    monkeypatch.setattr(sweeps, "device", lambda: SimpleNamespace(kind=kind))
+    monkeypatch.setattr(measure, "device", lambda: SimpleNamespace(kind=kind))
     monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda process: list(range(2 * cores)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: cores)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    assert sweeps.side_by_side(points) == expected
+    assert measure.side_by_side(points) == expected
 
 
 def test_hours_are_told_before_and_follow_the_work(monkeypatch, capsys):
     at = times.Rates("cpu", "float32", 1e11, 1e11, 1e10)
-    monkeypatch.setattr(sweeps, "side_by_side", lambda points: (2, 1))
+    monkeypatch.setattr(measure, "side_by_side", lambda points: (2, 1))
     monkeypatch.setattr(times.rates, "__wrapped__", lambda: at)
     short, long = ({"stage": "sft", "seed": 0, "recipe": SFTRecipe(steps=steps)} for steps in (100, 440))
     step = times.seconds(times.sft(SFTRecipe(steps=1)), at)
-    assert sweeps.estimate("ranks", long, at) - sweeps.estimate("ranks", short, at) == pytest.approx(340 * step)
+    assert measure.estimate("ranks", long, at) - measure.estimate("ranks", short, at) == pytest.approx(340 * step)
     monkeypatch.setattr(sweeps, "plan", lambda: {"ranks": [short, long], "small": [short]})
-    sweeps.tell(everything=True)
+    recording.tell(everything=True)
     out = capsys.readouterr().out.split("\n")
-    each = [sweeps.estimate("ranks", point, at) / 2 / 3600 for point in (short, long)]
+    each = [measure.estimate("ranks", point, at) / 2 / 3600 for point in (short, long)]
     assert [line.split() for line in out[:1]] == [["ranks", "2", "points", f"{sum(each):.1f}", "hours"]]
     assert out[1] == f"2 points, 2 at a time with 1 thread each: about {sum(each):.1f} hours on this machine (estimate)" and len(out) == 3
-    sweeps.tell("none")
+    recording.tell("none")
     assert capsys.readouterr().out == "every recorded run is current\n"
 
 
 def test_points_that_wait_for_a_search_are_counted(monkeypatch, tmp_path):
     planned = sweeps.plan()
-    assert sweeps.to_come() == [] and len(planned["methods"]) == 15 and len(planned["preference"]) == 16
+    assert recording.to_come() == [] and len(planned["methods"]) == 15 and len(planned["preference"]) == 16
     monkeypatch.setattr(scoreboard, "RESULTS", tmp_path)
-    waiting = [sweep for sweep, _ in sweeps.to_come()]
+    waiting = [sweep for sweep, _ in recording.to_come()]
     assert (waiting.count("methods"), waiting.count("preference")) == (15, 15) and sweeps.plan()["methods"] == []
-    assert {sweep for sweep, _ in sweeps.to_come("methods")} == {"methods"}
+    assert {sweep for sweep, _ in recording.to_come("methods")} == {"methods"}
 
 
 @pytest.mark.parametrize(
