@@ -119,7 +119,7 @@ def test_stop_is_asked_only_after_tokens_that_can_end_an_answer():
     looked_at = []
     generation.generate(tiny(), Words(), PROMPTS, 12, stop=lambda text: looked_at.append(text), stop_at="5")
     whole = [answer.split() for answer in generation.generate(tiny(), Words(), PROMPTS, 12)]
-    expected = [" ".join(words[: i + 1]) for words in whole for i, word in enumerate(words) if "5" in word]
+    expected = [" ".join(words[: i + 1]) for words in whole for i, word in enumerate(words) if "5" in word and i < 11]  # at the limit nobody asks
     assert sorted(looked_at) == sorted(expected) != []
 
 

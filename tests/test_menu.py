@@ -304,7 +304,7 @@ def test_an_estimate_in_full(monkeypatch):
     )
     assert hub.estimate(MISTRAL) == shown
     machine(monkeypatch, decide("cpu", "", 16.0, speedup=3.0), flops=1.46e12)
-    assert hub.estimate(SMALL).endswith("(fits) to train at 4 bits, about 13 minutes for 440 steps.")
+    assert hub.estimate(SMALL).endswith("(fits) to train at 4 bits, about 7 minutes for 440 steps.")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
