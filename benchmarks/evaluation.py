@@ -2,7 +2,7 @@
 
 The same questions, prompts and greedy decoding, for the four prompted baselines (by the base model) and for the trained adapter
 where runs/ has it. Arms, turn about:
-  course       `generation.ask`: one copy of the prefix, as many rows as memory allows, a stop where the query has ended
+  course       `generation.ask`: one copy of the prefix, as many rows as memory allows, a stop where a fenced query has ended
   no stop      the same without the stop
   batches      transformers' `generate` in batches of 32, sorted by length, with a prefix cache that is repeated for each row
   one by one   what a tutorial writes: the chat template, `generate` with its defaults, decode (only when named)

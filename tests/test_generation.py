@@ -261,7 +261,7 @@ def test_training_layers_follow_the_active_adapter_and_its_being_off():
 @pytest.mark.parametrize(
     ("answer", "done"),
     [
-        ("SELECT 1;", True),
+        ("SELECT 1;", False),  # a fence may follow
         ("SELECT 1", False),
         ("SELECT 1\n\nThis counts", False),  # a fence may follow
         ("```sql\nSELECT 1\n```", True),
@@ -269,8 +269,10 @@ def test_training_layers_follow_the_active_adapter_and_its_being_off():
         ("```sql\nSELECT 1\n\nFROM", True),
         ("```sql\nSELECT ';'", False),
         ("SELECT 'a;", False),
-        ("SELECT 'it''s;' FROM flights;", True),
-        ("WITH x AS (SELECT 1) SELECT 2; more", True),
+        ("```\nSELECT 'it''s;' FROM flights;", True),
+        ("SELECT 'it''s;' FROM flights;", False),
+        ("```sql\nWITH x AS (SELECT 1) SELECT 2; more", True),
+        ("```sql\nWITH x (SELECT 1;", False),  # ") AS" would make it the beginning
         ("The flights data can't answer that.", False),
         ("", False),
     ],
@@ -278,14 +280,20 @@ def test_training_layers_follow_the_active_adapter_and_its_being_off():
 def test_when_an_answers_query_is_complete(answer, done):
     assert complete(answer) is done
     if done:  # whatever is added
-        for more in ("", "\n", ";", " FROM flights", "'", "\n\nSELECT 2;", "`"):
+        for more in ("", "\n", ";", " FROM flights", "'", "\n\nSELECT 2;", "`", "```", ") AS (SELECT 3)", "\n```\nSELECT 4\n```"):
             assert extract_sql(answer + more) == extract_sql(answer)
 
 
 def test_an_answer_becomes_complete_only_at_an_ending():
-    for answer in ("SELECT ';' ; x", "```sql\nSELECT 'a\n\nb'\n``` x", "```WITH t AS (SELECT 1)\n\nSELECT", "Use SELECT 1;", "`SELECT 1`;"):
+    for answer in ("```\nSELECT ';' ; x", "```sql\nSELECT 'a\n\nb'\n``` x", "```WITH t AS (SELECT 1)\n\nSELECT", "Use ```\nSELECT 1;", "```sql\nSELECT 1```"):
         done = [complete(answer[:i]) for i in range(len(answer) + 1)]
         assert True in done and all(answer[i - 1] in ENDS for i in range(1, len(done)) if done[i] and not done[i - 1]), answer
+
+
+def test_a_closing_fence_alone_takes_the_query_away_so_nothing_stops_before_it():
+    """As the base model does it: the rule takes what follows the fence, which is nothing."""
+    answer = "SELECT AVG(arr_delay) FROM flights WHERE month = 2;\n```"
+    assert extract_sql(answer) == "" != extract_sql(answer[:-4]) and not any(complete(answer[:i]) for i in range(len(answer)))
 
 
 def test_in_16_bits_answers_and_losses_are_near_the_plain_ones():
