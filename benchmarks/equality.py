@@ -1,4 +1,4 @@
-"""Are the quick answers the plain loop's, token by token? python benchmarks/equality.py [questions]  (float32; half an hour for all)
+"""Are the quick answers the plain loop's, token by token? python benchmarks/equality.py [questions] [what ...]  (float32; an hour for all)
 
 For every question of the validation set, all prompted baselines and both adapters where runs/ has them. Instead of decoding
 again without any of `generation`'s means, which takes hours, each prompt with its answer is read once by the model as it is
@@ -50,13 +50,13 @@ def kept(tokenizer):
         generation._text = text
 
 
-def main(count: int) -> int:
+def main(count: int, names) -> int:
     from benchmarks.evaluation import LIMIT, subjects
     from helpers import dpo, generation, models, runtime
 
     runtime.setup()
     tokenizer, wrong = models.load_tokenizer(), 0
-    for what, model, chats in subjects(count, ("zero-shot", "3-shot", "8-shot", "retrieved-8-shot", *dpo.main_runs())):
+    for what, model, chats in subjects(count, names or ("zero-shot", "3-shot", "8-shot", "retrieved-8-shot", *dpo.main_runs())):
         start = time.perf_counter()
         with kept(tokenizer) as ids:
             texts = generation.generate(model, tokenizer, chats, LIMIT, progress=what)
@@ -71,4 +71,4 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000, sys.argv[2:]))
