@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 from course import hosted, runner
-from helpers.runtime import ROOT, CourseError, runs_dir, setup, write_whole
+from helpers.command import status
+from helpers.files import CourseError, write_whole
+from helpers.runtime import ROOT, runs_dir, setup
 
 PINS = ROOT / "course" / "colab.txt"
 PYTHON = "3.13"  # Colab's, as the head of PINS says
@@ -218,8 +220,8 @@ def main() -> int:
     chosen = parser.parse_args()
     setup()
     if chosen.command == "pins":
-        return runner.status(renew, chosen.freeze, chosen.date)
-    return runner.status(newest) if chosen.command == "newest" else runner.status(check, chosen.resolver_only)
+        return status(renew, chosen.freeze, chosen.date)
+    return status(newest) if chosen.command == "newest" else status(check, chosen.resolver_only)
 
 
 if __name__ == "__main__":

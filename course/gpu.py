@@ -24,7 +24,9 @@ import torch
 
 from course import runner
 from helpers import budget, flights, menu, models, recipes, runtime
-from helpers.runtime import DATA, CourseError, runs_dir, write_whole
+from helpers.command import status
+from helpers.files import CourseError, write_whole
+from helpers.runtime import DATA, runs_dir
 
 SHAPES = ("SmolLM2-1.7B-Instruct", "Mistral-7B-Instruct-v0.3")
 LENGTH = 256  # tokens a row
@@ -315,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--no-notebooks", action="store_true", help="memory and time of the shapes only")
     parser.add_argument("--record", action="store_true", dest="record_table", help="notebook 01's table only, kept in data/results/gpu.json")
-    return runner.status(run, **vars(parser.parse_args(arguments)))
+    return status(run, **vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

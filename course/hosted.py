@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers.runtime import ROOT, CourseError
+from helpers.files import CourseError
+from helpers.runtime import ROOT
 
 HOSTS = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}  # variables that these two set in every session
 MAY_MOVE = ("datasets", "pyarrow", "dill", "multiprocess", "torchao")  # preinstalled too old for TRL, or for PEFT

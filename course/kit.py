@@ -21,7 +21,9 @@ from pathlib import Path
 from course import colab, runner
 from course.hosted import NO_NETWORK, normal
 from helpers import dpo, models
-from helpers.runtime import ROOT, CourseError, building, runs_dir, sha256, write_whole
+from helpers.command import status
+from helpers.files import CourseError, building, sha256, write_whole
+from helpers.runtime import ROOT, runs_dir
 
 LINUX = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 29)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]  # glibc 2.28, of 2018, or newer
 MAC = "macOS 14 or newer on Apple silicon"
@@ -248,7 +250,7 @@ def main() -> int:
     building_one.add_argument("--python", default=RUNNING)
     commands.add_parser("check")
     chosen = vars(parser.parse_args())
-    return runner.status({"build": build, "check": check}[chosen.pop("command")], **chosen, left="Nothing half is left: run the same command again.")
+    return status({"build": build, "check": check}[chosen.pop("command")], **chosen, left="Nothing half is left: run the same command again.")
 
 
 if __name__ == "__main__":

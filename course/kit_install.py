@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 INSTALLED = VENV / "installed"  # the Makefile's sign too: make goes on from here; it holds this folder's path, as a moved .venv is none
 NEEDS = 3.0e9  # bytes: .venv and the cache, once the kit itself is on the disk
+MANIFEST = 10_000_000  # bytes of manifest.json at most
 AGAIN = "then run install.py again: it goes on."
 
 
@@ -27,29 +30,65 @@ class Problem(Exception):
     """What stops the installation, in one plain sentence that says what to do next."""
 
 
+def shown(text: str) -> str:
+    """A text of the manifest's on a screen: short, and with no control character that steers a terminal."""
+    return text[:40].encode("unicode_escape").decode("ascii")
+
+
 def check_machine(kit: dict) -> None:
     """Problem where Python or the machine is another than the kit's."""
-    python, here = kit["python"], ".".join(map(str, sys.version_info[:2]))
+    python, here = shown(kit["python"]), ".".join(map(str, sys.version_info[:2]))
     if here != python:
         run = "py -%s" % python if os.name == "nt" else "python%s" % python  # noqa: UP031 - an old Python must be able to say this
         raise Problem(f"This kit is for Python {python} and this is {here}: install Python {python}, then run {run} install.py")
     machine = f"{platform.system()} {platform.machine()}"
     if machine.lower() != kit["machine"].lower() or sys.maxsize < 2**32:
         bits = " (a 32-bit Python)" if sys.maxsize < 2**32 else ""
-        raise Problem(f"This kit is for {kit['machine']} and this is {machine}{bits}: take the kit for this system.")
+        raise Problem(f"This kit is for {shown(kit['machine'])} and this is {machine}{bits}: take the kit for this system.")
+
+
+def read_manifest() -> dict:
+    """The kit's manifest: python and machine (texts), files (name: sha256 and size). Problem where it is anything else."""
+    damaged = Problem(f"kit/manifest.json is missing or damaged: copy the whole folder again, {AGAIN}")
+    try:
+        path = KIT / "manifest.json"
+        if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > MANIFEST:
+            raise damaged
+        kit = json.loads(path.read_bytes().decode("utf-8"))
+        whole = isinstance(kit, dict) and isinstance(kit.get("python"), str) and isinstance(kit.get("machine"), str) and isinstance(kit.get("files"), dict)
+        if not whole or not kit["files"]:
+            raise damaged
+        for name, made in kit["files"].items():
+            # within the kit: no way up, no other disk, none of Windows' separators
+            plain = re.fullmatch(r"[^\\/:\x00-\x1f\x7f]+(/[^\\/:\x00-\x1f\x7f]+)*", name) and not {".", ".."} & set(name.split("/"))
+            said = isinstance(made, dict) and isinstance(made.get("sha256"), str) and type(made.get("size")) is int
+            if not plain or not said:
+                raise damaged
+        return kit
+    except (OSError, ValueError, RecursionError):
+        raise damaged from None
 
 
 def check_files(files: dict) -> None:
-    """Problem that names what is missing or differs from the manifest (1 to 5 s)."""
+    """Problem that names what is missing, differs from the manifest, or isn't listed there (1 to 5 s). No link is followed."""
+    found = {}
+    for folder, folders, names in os.walk(KIT):  # which enters no linked folder
+        for name in [*names, *(f for f in folders if os.path.islink(os.path.join(folder, f)))]:
+            path = Path(folder, name)
+            found[path.relative_to(KIT).as_posix()] = path
     for name, made in files.items():
-        path, digest = KIT / name, hashlib.sha256()
-        if not path.is_file():
+        path, digest = found.pop(name, None), hashlib.sha256()
+        if path is None or not stat.S_ISREG(path.lstat().st_mode):
             raise Problem(f"kit/{name} is missing: copy the whole folder again, {AGAIN}")
-        with open(path, "rb") as file:
-            for block in iter(lambda file=file: file.read(1 << 20), b""):
-                digest.update(block)
+        if path.stat().st_size == made["size"]:
+            with open(path, "rb") as file:
+                for block in iter(lambda file=file: file.read(1 << 20), b""):
+                    digest.update(block)
         if digest.hexdigest() != made["sha256"]:
             raise Problem(f"kit/{name} is damaged: copy the whole folder again, {AGAIN}")
+    found.pop("manifest.json", None)
+    if strangers := sorted(name for name in found if name.startswith(("wheels/", "adapters/"))):  # what could be installed or loaded
+        raise Problem(f"kit/{shown(strangers[0])} doesn't belong to this kit: remove it, or copy the whole folder again, {AGAIN}")
 
 
 def run(what: str, *command, show: bool = False) -> None:
@@ -67,10 +106,7 @@ def run(what: str, *command, show: bool = False) -> None:
 
 
 def install() -> None:
-    try:
-        kit = json.loads((KIT / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise Problem(f"kit/manifest.json is missing or damaged: copy the whole folder again, {AGAIN}") from None
+    kit = read_manifest()
     check_machine(kit)
     print(f"checking {len(kit['files'])} files", flush=True)
     check_files(kit["files"])

@@ -9,6 +9,7 @@ import re
 import sys
 
 from course import runner
+from helpers.command import status
 from helpers.runtime import ROOT
 
 ASKS = r"load_model\(|model32|short_model|runtime\.device|doctor\.check"  # what a test says that depends on the device
@@ -28,4 +29,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.status(run))
+    sys.exit(status(run))

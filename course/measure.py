@@ -19,8 +19,9 @@ from pathlib import Path
 from course import sweeps
 from helpers import adapters, baselines, dpo, generation, intervals, models, preferences, scoring, times, training
 from helpers.dpo import DPORecipe
+from helpers.files import CourseError, building, write_whole
 from helpers.recipes import SFTRecipe
-from helpers.runtime import ROOT, CourseError, building, device, runs_dir, setup, write_whole
+from helpers.runtime import ROOT, device, runs_dir, setup
 
 LAYER = "model.layers.15.mlp.down_proj"  # whose ΔW is looked at
 LOGGED = ("step", "loss", "rewards/margins", "rewards/accuracies", "probe/chosen", "probe/rejected")

@@ -10,10 +10,13 @@ import contextlib
 import json
 import random
 import sys
+from pathlib import Path
 
-from course import measure, runner, sweeps
+from course import measure, sweeps
 from helpers import intervals, scoreboard, times
-from helpers.runtime import CourseError, setup, write_whole
+from helpers.command import status
+from helpers.files import CourseError, alone, write_whole
+from helpers.runtime import setup
 
 # Of accuracy, between two runs of one recipe: 16-bit rounding alone (another processor, other threads) sends training
 # another way, and the standard error of a paired difference on 100 questions is about 5 points; twice that.
@@ -48,7 +51,8 @@ def missing(only: str | None = None) -> dict[str, tuple[str, dict]]:
     for sweep in points:
         current = {sweeps.key(sweep, p): p for p in points[sweep]} if only in (None, sweep) else {}
         if any(name in anywhere and name not in have[sweep] for name in current):
-            write(sweep, current, anywhere | have[sweep])
+            with alone(place(sweep)):
+                write(sweep, current, anywhere | by_key(sweep))
         for name, point in current.items():
             if name not in anywhere:
                 found.setdefault(name, (sweep, point))
@@ -65,13 +69,18 @@ def keep(record: dict) -> None:
     for sweep, points in sweeps.plan().items():
         current = {sweeps.key(sweep, p): p for p in points}
         if record["key"] in current:
-            write(sweep, current, by_key(sweep) | {record["key"]: record})
+            with alone(place(sweep)):
+                write(sweep, current, by_key(sweep) | {record["key"]: record})
+
+
+def place(sweep: str) -> Path:
+    return scoreboard.RESULTS / f"{sweep}.json"
 
 
 def write(sweep: str, points: dict[str, dict], found: dict[str, dict]) -> None:
     """A sweep's file: of its points, those that were found, one a line."""
     runs = ",\n".join(json.dumps(found[name] | {"stage": point["stage"]}) for name, point in points.items() if name in found)
-    write_whole(scoreboard.RESULTS / f"{sweep}.json", "{\n" + f'"sweep": "{sweep}",\n"runs": [\n{runs}\n]\n' + "}\n")
+    write_whole(place(sweep), "{\n" + f'"sweep": "{sweep}",\n"runs": [\n{runs}\n]\n' + "}\n")
 
 
 # ---------------------------------------------------------------- hours
@@ -140,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("sweep", nargs="?")
     chosen = parser.parse_args(arguments)
     setup()
-    return runner.status(command, chosen.command, chosen.sweep, left="What was finished is kept: run the same command to go on.")
+    return status(command, chosen.command, chosen.sweep, left="What was finished is kept: run the same command to go on.")
 
 
 def command(what: str, only: str | None) -> int | None:

@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.runtime import ROOT, CourseError, memory_gb, runs_dir, write_whole
+from helpers.command import status
+from helpers.files import CourseError, write_whole
+from helpers.runtime import ROOT, memory_gb, runs_dir
 
 NOTEBOOKS = ROOT / "notebooks"
 EVERY = 60  # seconds from line to line where there is no terminal that shows a live one
@@ -263,19 +265,6 @@ def lock() -> None:
     lines = [re.sub(r"\+\w+$", "", line) for line in frozen.splitlines() if re.fullmatch(r"[\w.\-]+==[\w.+!]+", line)]
     head = "# The exact versions the course was last tested with (make lock). Ranges are in pyproject.toml.\n"
     (ROOT / "constraints.txt").write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n", encoding="utf-8", newline="\n")
-
-
-def status(command, /, *arguments, left: str = "", **named) -> int:
-    """Runs a command; the exit status: its own if it gives one, 1 after a CourseError's sentence, 130 after Ctrl-C (`left`: what to say then)."""
-    try:
-        result = command(*arguments, **named)
-        return result if isinstance(result, int) else 0
-    except CourseError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped. {left}".rstrip(), file=sys.stderr)
-        return 130
 
 
 def main() -> int:

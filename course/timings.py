@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from course.runner import NOTEBOOKS, all_notebooks
 from helpers import times
-from helpers.runtime import ROOT, CourseError, write_whole
+from helpers.files import CourseError, write_whole
+from helpers.runtime import ROOT
 
 FAST, SLOW = "bfloat16", "float32"  # the two kinds of processor, by what the course computes in
 SPARE = 0.25  # of two hours, kept free: rooms are slower than rehearsals

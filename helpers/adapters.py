@@ -4,11 +4,14 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
+from helpers import vetting
+from helpers.files import CourseError, building, sha256
 from helpers.menu import choose
 from helpers.models import load_model
-from helpers.runtime import ROOT, CourseError, building, sha256
+from helpers.runtime import ROOT
 
 
 def export_adapter(model, target: Path) -> Path:
@@ -21,19 +24,24 @@ def export_adapter(model, target: Path) -> Path:
     with building(target) as scratch:
         scratch.mkdir()
         state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        known = {"base_sha256": digest} if (digest := vetting.base_hash()) else {}
+        save_file(state, scratch / vetting.WEIGHTS, metadata={"format": "pt"} | known)
         config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": choose().name, "inference_mode": True}
         text = json.dumps(config, indent=1, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-        (scratch / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        (scratch / vetting.CONFIG).write_text(text + "\n", encoding="utf-8")
     return target
 
 
 def load_adapter(folder: Path, bits: int = 4, dtype=None, trainable: bool = False):
-    """The course model at `bits` bits with an exported adapter on it, ready to answer (`trainable`: to be trained further)."""
+    """The course model at `bits` bits with an exported adapter on it, ready to answer (`trainable`: to be trained further).
+
+    Anybody's adapter: it is looked at first (`vetting.check`), and refused in one sentence (CourseError).
+    """
     from peft import PeftModel
 
     if not is_adapter(folder):
         raise CourseError(f"There is no adapter in {Path(folder).name}/: training.sft_adapter() and dpo.adapter() train theirs when missing.")
+    vetting.check(folder)
     model = PeftModel.from_pretrained(load_model(bits, dtype), folder, is_trainable=trainable).train(trainable)
     model.peft_config["default"].base_model_name_or_path = model.name_or_path  # else PEFT asks the Hub for it at each checkpoint
     return model
@@ -51,7 +59,7 @@ def merge(model):
 
 def is_adapter(folder: Path) -> bool:
     """Whether an exported adapter stands in a folder."""
-    return (Path(folder) / "adapter_config.json").exists()
+    return (Path(folder) / vetting.CONFIG).exists()
 
 
 def have_adapter(folder: Path) -> bool:
@@ -59,15 +67,29 @@ def have_adapter(folder: Path) -> bool:
 
     A kit has a folder for each recipe: another recipe's is never taken. CourseError where a copied byte differs from the manifest.
     """
-    kit, run, listed = Path(os.environ.get("COURSE_KIT") or ROOT / "kit").expanduser(), f"adapters/{folder.parent.name}/adapter/", None
+    kit, run = Path(os.environ.get("COURSE_KIT") or ROOT / "kit").expanduser(), f"adapters/{folder.parent.name}/adapter/"
     if (kit / run).is_dir() and not folder.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            listed = {k: v["sha256"] for k, v in json.loads((kit / "manifest.json").read_text(encoding="utf-8"))["files"].items() if k.startswith(run)}
+        damaged = CourseError(f"The kit's copy of {folder.parent.name} is damaged: copy the kit again, or remove {kit / run}.")
+        listed = {name: digest for name, digest in _listed(kit / "manifest.json").items() if name.startswith(run)}
         with building(folder, need_bytes=50_000_000) as scratch:
             if scratch:
-                shutil.copytree(kit / run, scratch, copy_function=shutil.copyfile)
-                scratch.chmod(0o755)  # a read-only kit's folder could not be renamed
-                if listed != {run + path.name: sha256(path) for path in scratch.iterdir()}:
-                    raise CourseError(f"The kit's copy of {folder.parent.name} is damaged: copy the kit again, or remove {kit / run}.")
+                scratch.mkdir()
+                names = [f"{run}{name}" for name in (vetting.CONFIG, vetting.WEIGHTS)]
+                if sorted(listed) != sorted(names) or sorted(run + entry.name for entry in (kit / run).iterdir()) != sorted(names):
+                    raise damaged
+                for name in names:
+                    if not stat.S_ISREG((kit / name).lstat().st_mode):  # a link would lead out of the kit, a pipe nowhere
+                        raise damaged
+                    copy = scratch / Path(name).name
+                    shutil.copyfile(kit / name, copy)
+                    if sha256(copy) != listed[name]:
+                        raise damaged
                 print(f"{folder.parent.name}: taken from the workshop kit")
     return is_adapter(folder)
+
+
+def _listed(manifest: Path) -> dict[str, str]:
+    """Names and sha256 that a kit's manifest lists; {} where it is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {name: about["sha256"] for name, about in json.loads(manifest.read_text(encoding="utf-8"))["files"].items()}
+    return {}

@@ -7,11 +7,13 @@ writes one JSON object a line: question, sql, columns, rows, error.
 import argparse
 import contextlib
 import json
+import math
 import sys
 
-from helpers import adapters, dense, dpo, flights, generation, models, sql
+from helpers import adapters, dense, dpo, flights, generation, jsonl, models, sql
+from helpers.command import status
 from helpers.extract import extract_sql
-from helpers.runtime import CourseError, setup
+from helpers.runtime import setup
 
 MAX_QUESTION = 500  # characters
 
@@ -29,13 +31,13 @@ class Asker:
         self.whole.enter_context(dense.written_out(self.model))  # once, not once a question
         self.worker = sql.Worker(flights.database_path())
 
-    def answer(self, question: str) -> dict:
-        """{"question", "sql", "columns", "rows", "error"}: error is None or one sentence."""
+    def answer(self, question: str, length: int | None = None) -> dict:
+        """{"question", "sql", "columns", "rows", "error"}: error is None or one sentence. `length`: of a question that isn't here whole."""
         reply = {"question": question, "sql": "", "columns": [], "rows": [], "error": None}
         if not question.strip():
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
-        if len(question) > MAX_QUESTION:
-            return reply | {"error": f"The question has {len(question):,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
+        if (length := length or len(question)) > MAX_QUESTION:
+            return reply | {"error": f"The question has {length:,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
         (text,), _ = generation.ask(self.model, self.tokenizer, [{"question": question}], self.system)
         reply["sql"] = extract_sql(text)
         if not reply["sql"]:
@@ -44,24 +46,47 @@ class Asker:
             result = self.worker.run(reply["sql"])
         except sql.SqlError as error:
             return reply | {"error": str(error)}
-        return reply | {"columns": result.columns, "rows": [list(row) for row in result.rows]}
+        return reply | {"columns": result.columns, "rows": [[plain(value) for value in row] for row in result.rows]}
 
     def close(self) -> None:
         self.worker.close()
         self.whole.close()
 
 
+def plain(value):
+    """A value of SQLite's as JSON knows it: a blob as SQLite writes one, X'00FF', and an infinity as the text "inf"."""
+    if isinstance(value, bytes):
+        return f"X'{value.hex().upper()}'"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def show(reply: dict, limit: int = 20) -> str:
-    """The reply as a person reads it: the SQL, then the rows or the error."""
-    lines = [reply["sql"]] if reply["sql"] else []
+    """The reply as a person reads it: the SQL, then the rows or the error. Control characters are written out, so that no answer steers a
+    terminal or breaks the table."""
+    lines = [sql.printable(reply["sql"], keep="\n\t")] if reply["sql"] else []
     if reply["error"]:
-        return "\n".join([*lines, reply["error"]])
-    cells = [list(map(str, reply["columns"]))] + [["" if v is None else str(v) for v in row] for row in reply["rows"][:limit]]
+        return "\n".join([*lines, sql.printable(reply["error"])])
+    rows = [reply["columns"]] + [["" if v is None else v for v in row] for row in reply["rows"][:limit]]
+    cells = [[sql.printable(str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines += ["  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     if len(reply["rows"]) > limit:
         lines.append(f"… {len(reply['rows']) - limit} more rows")
     return "\n".join(lines)
+
+
+def answer(chosen) -> int:
+    """Answers the one question, or each line of standard input."""
+    with contextlib.closing(Asker(chosen.stage)) as asker:
+        if not chosen.jsonl:
+            reply = asker.answer(chosen.question)
+            print(show(reply))
+            return 1 if reply["error"] else 0
+        for raw in jsonl.lines(sys.stdin.buffer):
+            question = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")
+            reply = asker.answer(question, getattr(raw, "length", None))
+            print(json.dumps(reply, allow_nan=False), flush=True)  # ASCII, for any code page
+    return 0
 
 
 def main(arguments=None) -> int:
@@ -72,19 +97,7 @@ def main(arguments=None) -> int:
     chosen = parser.parse_args(arguments)
     if not chosen.jsonl and not chosen.question:
         parser.error("give a question in quotes, or --jsonl with questions on standard input")
-    try:
-        with contextlib.closing(Asker(chosen.stage)) as asker:
-            if not chosen.jsonl:
-                reply = asker.answer(chosen.question)
-                print(show(reply))
-                return 1 if reply["error"] else 0
-            for raw in sys.stdin.buffer:
-                question = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")
-                print(json.dumps(asker.answer(question)), flush=True)  # ASCII, for any code page
-    except CourseError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return status(answer, chosen)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from itertools import accumulate
 from math import ceil
 from types import SimpleNamespace
 
-from helpers.runtime import DATA, CourseError
+from helpers.files import CourseError
+from helpers.runtime import DATA
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma")  # decoders of one shape: RMSNorm, rotary positions, gated MLP
 FLOAT32 = 4  # bytes

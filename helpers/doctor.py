@@ -5,7 +5,8 @@ import shutil
 import sys
 import time
 
-from helpers.runtime import CourseError, cache_dir, memory_gb, setup
+from helpers.files import CourseError
+from helpers.runtime import cache_dir, memory_gb, setup
 
 
 def check_python() -> str:

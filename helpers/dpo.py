@@ -5,10 +5,11 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from helpers import adapters, flights, times, training
+from helpers import adapters, flights, losses, times, training
+from helpers.files import CourseError
 from helpers.models import load_tokenizer
 from helpers.recipes import SFTRecipe
-from helpers.runtime import DATA, CourseError, device, runs_dir, seed_everything, setup
+from helpers.runtime import DATA, device, runs_dir, seed_everything, setup
 
 PREFERENCES = DATA / "preferences"
 CONSTRUCTIONS = ("style", "correctness", "off_policy")  # the committed sets of pairs: data/preferences/<name>.jsonl
@@ -93,8 +94,8 @@ def log_probs(model, tokenizer, prompts: list[str], answers: list[str], batch_si
             place = torch.arange(width, device=model.device)
             starts, ends = (torch.tensor(t, device=model.device)[:, None] for t in ([p for _, p in rows], [len(i) for i, _ in rows]))
             answer = ((place >= starts) & (place < ends))[:, 1:]  # (rows, width - 1): the positions that are predicted
-            hidden = training.hidden_states(model, base, ids, (place < ends).long(), share=device().course_loss)[:, :-1][answer]
-            values = training.token_log_probs(hidden.to(head.dtype), head, ids[:, 1:][answer])
+            hidden = losses.hidden_states(model, base, ids, (place < ends).long(), share=device().course_loss)[:, :-1][answer]
+            values = losses.token_log_probs(hidden.to(head.dtype), head, ids[:, 1:][answer])
             found += [float(part.sum()) for part in values.split(answer.sum(1).tolist())]
     return found
 
@@ -176,10 +177,10 @@ def cpu_trainer_class():
             def forward(input_ids=None, attention_mask=None, fused_lm_head=False, labels=None, **kwargs):
                 if not fused_lm_head:
                     return theirs(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-                hidden = training.hidden_states(self.model, base, input_ids, attention_mask, self.share_prefix)[:, :-1]
+                hidden = losses.hidden_states(self.model, base, input_ids, attention_mask, self.share_prefix)[:, :-1]
                 targets, head = labels[:, 1:], base.lm_head.weight
                 answer = targets != -100
-                values = training.token_log_probs(hidden[answer].to(head.dtype), head, targets[answer])
+                values = losses.token_log_probs(hidden[answer].to(head.dtype), head, targets[answer])
                 nothing = torch.zeros(answer.shape)
                 return SimpleNamespace(log_probs=nothing.masked_scatter(answer, values), entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
 

@@ -5,20 +5,19 @@ import functools
 import hashlib
 import inspect
 import itertools
-import json
 import re
 import sqlite3
 from pathlib import Path
 
-from helpers import sql
+from helpers import jsonl, sql
+from helpers.files import CourseError, building
 from helpers.menu import choose
-from helpers.runtime import DATA, CourseError, building, cache_dir
+from helpers.runtime import DATA, cache_dir
 
 QUESTIONS = DATA / "questions"
 SPLITS = ("train", "validation", "test", "freeform", "unanswerable", "near_miss")
 REFUSAL = "The flights data can't answer that."  # the one fixed form of a refusal
 SYSTEM_PROMPT = "Answer with SQL."  # training moves the schema into the weights, so the prompt can be short
-MAX_LINE_BYTES = 1_000_000
 
 SCHEMA_PROMPT = f"""\
 You turn questions about flights into one SQLite query. Answer with the query only.
@@ -116,66 +115,23 @@ def _built(name: str, change) -> Path:
 
 
 def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False, check=None) -> list[dict]:
-    """Reads JSON Lines whole or not at all: every problem is listed with file, line, field and remedy (CourseError).
+    """Reads JSON Lines whole or not at all (`jsonl.read`): every problem is listed with file, line, field and remedy (CourseError).
 
-    Each line is an object; the `required` fields are non-empty strings; no question may appear twice with different
-    answers or at all (leading and trailing spaces and case aside). CRLF line ends and a byte-order mark, which Windows
-    editors write, are read as if they weren't there. With `check_sql`, each `sql` is run, read-only; a `check` of your own
-    is called with each row and raises CourseError.
+    With `check_sql`, each `sql` is run: in a process of its own, since anyone may have written it, read-only and bounded. A
+    `check` of your own is called with each row and raises CourseError.
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise CourseError(f"Can't read {path.name}: {error.strerror}. Check the path; the file needs one JSON object a line.") from None
-    rows, problems, seen = [], [], {}
-    with contextlib.closing(sql.connect(database_path())) if check_sql else contextlib.nullcontext() as connection:
-        for number, raw in enumerate(lines, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = _parse_line(raw, required, connection)
-                if check:
-                    check(row)
-                question = row.get("question", "").strip().lower()
-                if question and seen.setdefault(question, number) != number:
-                    raise CourseError(f"field 'question': the same question as line {seen[question]}; remove one of them")
-                rows.append(row)
-            except CourseError as problem:
-                problems.append(f"line {number}: {problem}")
-    if not problems and not rows:
-        problems.append("line 1: no rows; write one JSON object a line, with the fields " + ", ".join(required))
-    if problems:
-        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CourseError(f"{path.name} was not loaded, nothing of it:\n  " + "\n  ".join(problems[:10]) + more)
-    return rows
+    with sql.Worker(database_path()) if check_sql else contextlib.nullcontext() as worker:
 
+        def look(row):
+            if worker and row["sql"] != REFUSAL:
+                try:
+                    worker.run(row["sql"])
+                except sql.SqlError as error:
+                    raise CourseError(f"field 'sql' doesn't run: {error}") from None
+            if check:
+                check(row)
 
-def _parse_line(raw: bytes, required, connection=None) -> dict:
-    """The row on one line; a CourseError says what is wrong with it. With a `connection`, its SQL is run."""
-    if len(raw) > MAX_LINE_BYTES:
-        raise CourseError(f"{len(raw):,} bytes long (limit {MAX_LINE_BYTES:,}); is a line end missing?")
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise CourseError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-    except ValueError as error:
-        raise CourseError(f"not JSON ({error}); check quotes, commas and braces") from None
-    if not isinstance(row, dict):
-        raise CourseError("not an object; write {" + ", ".join(f'"{field}": "…"' for field in required) + "}")
-    for field in required:
-        if field not in row:
-            raise CourseError(f"field {field!r} is missing; add it")
-        if not isinstance(row[field], str):
-            raise CourseError(f"field {field!r} is {type(row[field]).__name__}, not text; put it in double quotes")
-        if not row[field].strip():
-            raise CourseError(f"field {field!r} is empty; fill it in or remove the line")
-    if connection and row["sql"] != REFUSAL:
-        try:
-            sql.execute(connection, row["sql"])
-        except sql.SqlError as error:
-            raise CourseError(f"field 'sql' doesn't run: {error}") from None
-    return row
+        return jsonl.read(path, required, look if check or check_sql else None)
 
 
 def load_questions(split: str | Path, half: str | None = None):
@@ -187,6 +143,8 @@ def load_questions(split: str | Path, half: str | None = None):
 
     name = str(split)
     rows = read_jsonl(QUESTIONS / f"{name}.jsonl" if name in SPLITS else split, check_sql=name not in SPLITS)
+    if half and not any(row.get("half") == half for row in rows):
+        raise CourseError(f"{Path(name).name} has no rows of the half {half!r}: leave `half` out, or write the field \"half\" in the file.")
     return Dataset.from_list([row for row in rows if not half or row["half"] == half])
 
 

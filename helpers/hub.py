@@ -9,9 +9,10 @@ from time import sleep
 import huggingface_hub
 
 from helpers import budget, times
+from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL, Entry
 from helpers.recipes import SFTRecipe, needs_checkpointing, step_gb
-from helpers.runtime import CourseError, device
+from helpers.runtime import device
 
 FILES = ["*.json", "*.jinja", "model*.safetensors"]  # no pickles, no code, and not Mistral's second copy of its weights
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from helpers.runtime import CourseError
+from helpers.files import CourseError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from helpers import budget
-from helpers.runtime import CourseError
+from helpers.files import CourseError
 
 COURSE_MODEL = "SmolLM2-135M-Instruct"
 TERMS = {"google": "Gemma terms", "meta-llama": "Llama 3 community licence"}  # gated: accepted on the Hub first

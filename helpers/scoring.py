@@ -13,13 +13,21 @@ from helpers.runtime import DATA
 def tie_variants(sql: str) -> list[str]:
     """The query with its final ORDER BY's ties broken one way and the other; [] if it doesn't end in an ORDER BY.
 
-    When both return the same, no tie decides the answer.
+    When both return the same, no tie decides the answer. In time that grows with the query's length, whatever is in it.
     """
-    match = re.fullmatch(r"(.*\bORDER BY [^()]*?(?:\([^()]*\))?[^()]*?)(\s+LIMIT \d+)?", sql.strip(), re.S | re.I)
-    if not match:
+    sql = sql.strip()
+    limit = re.search(r"(?<!\s)\s+LIMIT \d+\Z", sql, re.I)
+    body = sql[: limit.start()] if limit else sql
+    if not any(_is_order(body[at.end() :]) for at in list(re.finditer(r"\bORDER BY ", body, re.I))[:-3:-1]):  # the last, or one around it
         return []
-    columns = len(re.match(r"SELECT (.*?) FROM", sql, re.S | re.I).group(1).split(", ")) if re.match(r"SELECT .*? FROM", sql, re.S | re.I) else 1
-    return [match[1] + "".join(f", {i + 1} {way}" for i in range(columns)) + (match[2] or "") for way in ("ASC", "DESC")]
+    selected = re.match(r"SELECT (.*?) FROM", sql, re.S | re.I)
+    columns = len(selected[1].split(", ")) if selected else 1
+    return [body + "".join(f", {i + 1} {way}" for i in range(columns)) + (limit[0] if limit else "") for way in ("ASC", "DESC")]
+
+
+def _is_order(tail: str) -> bool:
+    """Whether what follows an ORDER BY is its columns to the end, with one call's parentheses at most."""
+    return re.fullmatch(r"[^()]*(\([^()]*\)[^()]*)?", tail) is not None
 
 
 @functools.cache
@@ -68,6 +76,9 @@ def same_result(predicted: list[tuple], expected: list[tuple], ordered: bool) ->
     return any(len(set(c)) == narrow and _same_rows([[r[p] for p in c] for r in predicted], expected, ordered) for c in choices)
 
 
+COMPARISONS = 20_000  # of rows, where sorting them didn't settle it; beyond that they count as different
+
+
 def _same_rows(predicted, expected, ordered) -> bool:
     def equal(a, b):
         return all(map(same_value, a, b))
@@ -75,13 +86,36 @@ def _same_rows(predicted, expected, ordered) -> bool:
     same = all(map(equal, predicted, expected))
     if same or ordered:
         return same
-    left = list(predicted)
-    for row in expected:
-        match = next((i for i, other in enumerate(left) if equal(other, row)), None)
-        if match is None:
+    # Sorted, with what is compared exactly first: only numbers within rounding of each other can then stand elsewhere
+    inexact = [any(isinstance(row[i], float) for row in expected) for i in range(len(expected[0]))]
+    exact = [i for i, rounded in enumerate(inexact) if not rounded]
+    columns = exact + [i for i, rounded in enumerate(inexact) if rounded]
+    keyed = [sorted(([_sortable(row[i]) for i in columns], at) for at, row in enumerate(rows)) for rows in (predicted, expected)]
+    if any(a[: len(exact)] != b[: len(exact)] for (a, _), (b, _) in zip(*keyed, strict=True)):
+        return False
+    predicted, expected = ([rows[at] for _, at in order] for rows, order in zip((predicted, expected), keyed, strict=True))
+    if all(map(equal, predicted, expected)):
+        return True
+    mixed = any(isinstance(row[i], int) for i, rounded in enumerate(inexact) if rounded for row in expected)
+    if sum(inexact) < 2 and not mixed:  # then no other order can do
+        return False
+    left, tries = list(predicted), itertools.count()
+    for row in sorted(expected, key=lambda row: sum(isinstance(value, float) for value in row)):  # those that leave less choice first
+        match = next((i for i, other in enumerate(left) if next(tries) > COMPARISONS or equal(other, row)), None)
+        if match is None or next(tries) > COMPARISONS:
             return False
         left.pop(match)
     return True
+
+
+def _sortable(value) -> tuple:
+    """A value's place among others of any type; equal for what `same_value` takes for the same without rounding."""
+    if value is None or isinstance(value, (int, float)):
+        return (0, 0) if value is None else (1, value)
+    return (2, _plain(value)) if isinstance(value, str) else (3, value)
+
+
+KEPT, KEPT_VALUES = 10_000, 2_000_000  # results; values in them, about 100 bytes each
 
 
 class Judge:
@@ -92,18 +126,23 @@ class Judge:
     """
 
     def __init__(self):
-        self.connections = [safe.connect(path) for path in (*perturbed_paths(), database_path())]
+        self.workers = [safe.Worker(path) for path in (*perturbed_paths(), database_path())]  # models write what they like
         self.results: dict[tuple[int, str], safe.Result] = {}
+        self.values = 0  # in these results
 
     def run(self, which: int, sql: str, seconds: float = safe.Limits.seconds) -> safe.Result:
-        """A query's result on one instance (-1: the real one). The last 10,000 are kept: references, what two systems answer alike, what is
-        judged and then looked at for its style."""
+        """A query's result on one instance (-1: the real one), from a process of its own. The last are kept, up to `KEPT` of them and
+        `KEPT_VALUES` values in all: references, what two systems answer alike, what is judged and then looked at for its style."""
         if (which, sql) not in self.results:
-            result = safe.execute(self.connections[which], sql, safe.Limits(seconds=seconds))
-            if len(self.results) >= 10_000:
-                del self.results[next(iter(self.results))]  # the oldest
-            self.results[which, sql] = result
+            self._keep(which, sql, self.workers[which].run(sql, seconds))
         return self.results[which, sql]
+
+    def _keep(self, which: int, sql: str, result: safe.Result) -> None:
+        self.results[which, sql] = result
+        self.values += len(result.rows) * len(result.columns)
+        while len(self.results) > 1 and (len(self.results) > KEPT or self.values > KEPT_VALUES):
+            oldest = self.results.pop(next(iter(self.results)))
+            self.values -= len(oldest.rows) * len(oldest.columns)
 
     def agrees(self, which: int, sql: str, reference: str, ordered: bool) -> bool:
         """Does `sql` return what `reference` does on one instance (-1: the real one)? Raises SqlError if `sql` fails."""

@@ -11,12 +11,14 @@ import itertools
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+import weakref
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 TABLES = ("flights", "airports")
@@ -56,7 +58,8 @@ MESSAGES = {  # reason: the sentence; {detail} is SQLite's own message, which le
     "several statements": "Only one statement is run at a time: keep one SELECT and remove the rest.",
     "forbidden": "Only SELECT from flights and airports is allowed here ({detail}): rewrite the query as one SELECT.",
     "time": "The query was stopped after {seconds:g} s: make it do less, with a narrower WHERE or one join fewer.",
-    "killed": "The query was stopped with its process, which was busy for {kill_seconds:g} s or out of memory: make it do less.",
+    "killed": "The query was stopped with its process, which was busy for {kill_seconds:g} s: make it do less.",
+    "crashed": "The query ended its process, twice, out of memory perhaps: make it do less.",
     "too large": "The query, or what it makes, is too large ({detail}): ask for fewer or shorter things.",
     "missing database": "The flights database is missing or damaged ({detail}): delete what there is and call helpers.flights.database_path().",
 }
@@ -92,8 +95,22 @@ class SqlError(Exception):
         self.reason = reason
 
 
+# What a terminal would obey instead of showing it: control characters, and those that turn the direction of writing
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with each control character written out, as \\x1b, but for those to `keep`: nothing in it moves a cursor or ends a line."""
+
+    def written(found: re.Match) -> str:  # by hand: the worker, which may open no file, could not import Python's codec for it
+        code = ord(found[0])
+        return found[0] if found[0] in keep else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return CONTROLS.sub(written, text)
+
+
 def _problem(reason: str, detail: str = "", limits: Limits = Limits()) -> SqlError:
-    detail = " ".join(detail.split())  # SQLite quotes the query, lines and all
+    detail = printable(" ".join(detail.split()))  # SQLite quotes the query, lines and all
     detail = detail if len(detail) <= 200 else detail[:200] + "…"
     return SqlError(MESSAGES[reason].format(detail=detail, **asdict(limits)), reason)
 
@@ -269,23 +286,32 @@ def run_untrusted(sql: str, path: str | Path, limits: Limits = Limits()) -> Resu
 class Worker(contextlib.AbstractContextManager):
     """A process that runs one query after another on the database at `path`, killed and replaced when one hangs.
 
-    A context manager. Threads may share one: their queries run in turn. The process starts with the first query.
+    A context manager. Threads may share one: their queries run in turn. The process starts with the first query. A fork of
+    the process that holds it starts one of its own.
     """
 
     def __init__(self, path: str | Path, limits: Limits = Limits()):
         self.path, self.limits = Path(path).resolve(), limits
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()
+        _workers.add(self)
 
-    def run(self, sql: str) -> Result:
-        """Runs one SELECT. Raises SqlError, at the latest after `kill_seconds` (and the time to start)."""
+    def run(self, sql: str, seconds: float | None = None) -> Result:
+        """Runs one SELECT (`seconds`: with another time limit than the worker's). Raises SqlError, at the latest a second or so after the limit."""
         _check_text(sql, self.limits)
+        limits = self.limits if seconds is None else replace(self.limits, seconds=seconds, kill_seconds=seconds + 1)
         with self._lock:
-            if self._process is None or self._process.poll() is not None:  # none yet, or ended by something else
-                self.close()
-                self._start()
-            answer = self._ask({"sql": sql}, self.limits.kill_seconds)
+            # An end of its own accord isn't told from an end between two queries, by other hands: each query has two goes
+            answer = self._run(sql, limits) or self._run(sql, limits)
+        if answer is None:
+            raise _problem("crashed")
         return Result(answer["columns"], [tuple(row) for row in answer["rows"]], answer["truncated"])
+
+    def _run(self, sql: str, limits: Limits) -> dict | None:
+        if self._process is None or self._process.poll() is not None:  # none yet, or ended by something else
+            self.close()
+            self._start()
+        return self._ask({"sql": sql, "seconds": limits.seconds}, limits)
 
     def close(self) -> None:
         """Ends the process; a later `run` starts a new one."""
@@ -296,6 +322,15 @@ class Worker(contextlib.AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _let_go(self) -> None:
+        """In a fork: the process and its pipes are the parent's alone."""
+        process, self._process, self._lock = self._process, None, threading.Lock()
+        if process:
+            process.returncode = 0  # not this process's child: nothing to wait for
+            with open(os.devnull, "r+b") as nothing:  # not closed, as whoever closes the files later would close another's
+                for pipe in (process.stdin, process.stdout):
+                    os.dup2(nothing.fileno(), pipe.fileno(), inheritable=False)
 
     def _start(self) -> None:
         # -I -S: no course folder, no site-packages on its path (a .pth there can import torch). A bare environment:
@@ -311,20 +346,21 @@ class Worker(contextlib.AbstractContextManager):
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
         try:
-            self._ask({"path": str(self.path), "limits": asdict(self.limits)}, START_SECONDS)
+            if self._ask({"path": str(self.path), "limits": asdict(self.limits)}, replace(self.limits, kill_seconds=START_SECONDS)) is None:
+                raise _problem("crashed")
         except SqlError:
             self.close()
             raise
 
-    def _ask(self, message: dict, seconds: float) -> dict:
-        """Sends a line, returns the line that comes back; whatever else comes back means that the process is gone."""
+    def _ask(self, message: dict, limits: Limits) -> dict | None:
+        """Sends a line, returns the line that comes back; None where the process ended by itself. Raises SqlError."""
         process, late = self._process, threading.Event()
 
         def stop():
             late.set()
             process.kill()  # which ends the readline below
 
-        timer = threading.Timer(seconds, stop)
+        timer = threading.Timer(limits.kill_seconds, stop)
         timer.start()
         line = b""
         try:
@@ -338,15 +374,30 @@ class Worker(contextlib.AbstractContextManager):
             if late.is_set() or not line.endswith(b"\n"):  # or the reader was interrupted, by Ctrl-C
                 self.close()
         if not line.endswith(b"\n"):
-            raise _problem("killed", limits=self.limits)
+            if late.is_set():
+                raise _problem("killed", limits=limits)
+            return None
         answer = json.loads(line, object_hook=lambda o: bytes.fromhex(o["hex"]) if "hex" in o else o)
         if "reason" in answer:
             raise SqlError(answer["message"], answer["reason"])
         return answer
 
 
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for worker in list(_workers):
+        worker._let_go()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _serve() -> None:
     """The worker's side: the database and the limits on the first line, then a query a line; an answer a line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; what becomes of this one is its parent's business
     connection = None
     for line in iter(sys.stdin.buffer.readline, b""):  # nothing more to read: the parent has gone
         message, answer = json.loads(line), {}
@@ -357,6 +408,7 @@ def _serve() -> None:
                 connection.execute("SELECT random()").fetchall()  # SQLite reads its seed from a file, once
                 _confine(limits)
             else:
+                limits = replace(limits, seconds=message["seconds"])
                 _confine_cpu(limits)
                 answer = vars(execute(connection, message["sql"], limits))
         except SqlError as error:
@@ -384,7 +436,7 @@ def _confine_cpu(limits: Limits) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        seconds = int(sum(os.times()[:2]) + limits.kill_seconds) + 2
+        seconds = int(sum(os.times()[:2]) + max(limits.kill_seconds, limits.seconds + 1)) + 2
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 

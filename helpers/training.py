@@ -1,15 +1,16 @@
-"""Training: TRL's trainers for the recipes, their losses on a CPU, and runs that go on where they were stopped."""
+"""Training: TRL's trainers for the recipes, and runs that go on where they were stopped."""
 
 import contextlib
 import json
 import time
 from pathlib import Path
 
-from helpers import dense, prefix
+from helpers import dense, losses
 from helpers.adapters import export_adapter, have_adapter, is_adapter
+from helpers.files import CourseError, write_whole
 from helpers.models import load_model, load_tokenizer
-from helpers.recipes import LOSS_ROWS, SFTRecipe, memory_advice, needs_checkpointing, peft_config, step_options, training_rows, training_set
-from helpers.runtime import CourseError, device, progress_bar, seed_everything, write_whole
+from helpers.recipes import SFTRecipe, memory_advice, needs_checkpointing, peft_config, step_options, training_rows, training_set
+from helpers.runtime import device, progress_bar, seed_everything
 
 
 def check_targets(recipe: SFTRecipe, model) -> None:
@@ -87,7 +88,7 @@ def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | 
     seed_everything(recipe.seed)
     trained = trainable_state(model) if hasattr(model, "peft_config") else None  # an adapter that goes on from where it was
     model.set_attn_implementation(device().attention)
-    trainer = (cpu_trainer_class() if device().course_loss else SFTTrainer)(
+    trainer = (losses.cpu_trainer_class() if device().course_loss else SFTTrainer)(
         model=model,
         args=sft_config(recipe, folder or recipe.folder(), **changes),
         train_dataset=training_set(training_rows(recipe, rows)),
@@ -126,84 +127,6 @@ def restore_float32(model, state: dict | None = None) -> None:
             parameter.data = (state[name].to(parameter.device) if state and name in state else parameter.data).float()
 
 
-def token_log_probs(hidden, weight, targets):
-    """log p(target) of each token in float32, shape (n,), without ever holding all logits.
-
-    hidden (n, width) and weight (vocabulary, width) in one dtype, targets (n,). The gradient for `hidden` is worked out
-    beside the value, `LOSS_ROWS` tokens at a time: (one-hot - softmax) @ weight. The head's weight is frozen: it gets none.
-    """
-    import torch
-
-    class LogProbs(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden):
-            values, gradient = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-            parts = [t.split(LOSS_ROWS) for t in (hidden, targets, values, gradient)]
-            for rows, target, value, out in zip(*parts, strict=True):
-                logits = (rows @ weight.T).float()
-                value.copy_(-torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-                if ctx.needs_input_grad[0]:
-                    slope = -torch.softmax(logits, -1)
-                    slope[torch.arange(len(target)), target] += 1
-                    out.copy_(slope.to(weight.dtype) @ weight)
-            ctx.save_for_backward(gradient)
-            return values
-
-        @staticmethod
-        def backward(ctx, slope):
-            return (ctx.saved_tensors[0] * slope[:, None]).to(hidden.dtype)
-
-    return LogProbs.apply(hidden)
-
-
-def cpu_trainer_class():
-    """SFTTrainer with the same loss computed more cheaply on a CPU (a test holds the two equal).
-
-    TRL's fused head works in float32 tiles and adds entropy metrics, made for Triton on a GPU; here the LM head runs
-    on the supervised positions only, a few at a time: mean over completion tokens of -log p(token | what stands before it).
-    """
-    from torch.nn.functional import cross_entropy
-    from trl import SFTTrainer
-
-    class CpuSFTTrainer(SFTTrainer):
-        share_prefix = False  # `fit` turns it on: what the rows begin with is read once
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            targets = inputs["labels"][:, 1:]  # (batch, tokens - 1); -100 where nothing is to be learnt
-            supervised = targets != -100
-            model = self.accelerator.unwrap_model(model)
-            base = model.get_base_model() if hasattr(model, "peft_config") else model
-            count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-            with self.accelerator.autocast():
-                hidden = hidden_states(model, base, inputs["input_ids"], inputs["attention_mask"], self.share_prefix)[:, :-1][supervised]
-                if base.lm_head.weight.requires_grad:  # full fine-tuning: the head learns too
-                    loss = cross_entropy(base.lm_head(hidden).float(), targets[supervised], reduction="sum") / count
-            if not base.lm_head.weight.requires_grad:
-                loss = -token_log_probs(hidden, base.lm_head.weight, targets[supervised]).sum() / count
-            return (loss, {}) if return_outputs else loss
-
-    return CpuSFTTrainer
-
-
-def hidden_states(model, base, ids, mask, share: bool = False):
-    """The last hidden states (batch, tokens, width) of the token ids; prompt tuning's virtual tokens stand before them, unseen.
-
-    `share`: what all rows begin with is read once (`prefix.hidden_states`).
-    """
-    import torch
-
-    config = getattr(model, "active_peft_config", None)
-    if config is None or not config.is_prompt_learning:
-        if share and not getattr(base.model, "gradient_checkpointing", False):
-            return prefix.hidden_states(base, ids, mask)
-        return base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    embeddings = base.get_input_embeddings()(ids)
-    prompt = model.get_prompt(len(ids)).to(embeddings.dtype)
-    mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], 1)
-    hidden = base.model(inputs_embeds=torch.cat([prompt, embeddings], 1), attention_mask=mask, use_cache=False).last_hidden_state
-    return hidden[:, prompt.shape[1] :]
-
-
 def progress_callback():
     """One live line with step, loss, time gone and time to go; cleared at the end."""
     from transformers import TrainerCallback
@@ -228,14 +151,22 @@ def progress_callback():
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole (the trainer's state is the last file of one)."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and (p / "optimizer.pt").exists()]
+    found = [p for p in folder.glob("checkpoint-*") if _is_whole(p)]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a full disk cuts the state short
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return (checkpoint / "optimizer.pt").exists()
+    return False
 
 
 def fit(trainer, resume: bool = True) -> dict:
     """Trains, going on from the last whole checkpoint in the trainer's folder; returns history and seconds.
 
-    An interrupt (Ctrl-C, the stop button) and memory that runs out leave the last checkpoint and say how to go on (CourseError).
+    An interrupt (Ctrl-C, the stop button), memory that runs out and a disk that fills up leave the last checkpoint and say how to
+    go on (CourseError).
     """
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
@@ -256,17 +187,25 @@ def fit(trainer, resume: bool = True) -> dict:
         return {"history": history, "seconds": time.perf_counter() - start}
     except KeyboardInterrupt:
         stopped, then = "Training was interrupted", "Run the same cell again to go on from it."
-    except RuntimeError as error:
-        if not any(sign in repr(error).lower() for sign in ("outofmemory", "out of memory", "enough memory", "allocate memory", "alloc_failed")):
+    except Exception as error:  # torch, safetensors and tokenizers each have a kind of their own for a full disk
+        signs = ("no space left", "disk quota", "inline_container", "pytorchstreamwriter")  # the last two: torch's words for a file that it couldn't write
+        if any(sign in repr(error).lower() for sign in signs):
+            stopped, then = "The disk filled up", "Free some space and run the same cell again to go on from it."
+        elif not any(sign in repr(error).lower() for sign in ("outofmemory", "out of memory", "enough memory", "allocate memory", "alloc_failed")):
             raise
-        method = "qlora" if getattr(model, "is_loaded_in_4bit", False) else "lora" if lora else "full"
-        step = {"batch": args.per_device_train_batch_size * (1 + hasattr(args, "beta")), "length": args.max_length}  # beta: DPO's, of pairs
-        step |= step_options() | {"method": method, "checkpointing": args.gradient_checkpointing, "dtype_bytes": model.dtype.itemsize}
-        stopped, then = "The memory ran out", memory_advice(model.config, **step)
+        else:
+            stopped, then = "The memory ran out", _memory_advice(args, model, lora)
     # raised out here, where the error is gone: its traceback would keep the step's tensors alive
     kept, step = last_checkpoint(folder), trainer.state.global_step
     left = f"the checkpoint of step {kept.name.split('-')[1]} is kept" if kept else "there was no checkpoint yet"
     raise CourseError(f"{stopped} at step {step}; {left}. {then}")
+
+
+def _memory_advice(args, model, lora: bool) -> str:
+    method = "qlora" if getattr(model, "is_loaded_in_4bit", False) else "lora" if lora else "full"
+    step = {"batch": args.per_device_train_batch_size * (1 + hasattr(args, "beta")), "length": args.max_length}  # beta: DPO's, of pairs
+    step |= step_options() | {"method": method, "checkpointing": args.gradient_checkpointing, "dtype_bytes": model.dtype.itemsize}
+    return memory_advice(model.config, **step)
 
 
 def finish(trainer) -> dict:

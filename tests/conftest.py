@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,24 @@ def shorten(source: Path, layers: int, target: Path) -> Path:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}), encoding="utf-8")
     return target
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a real disk of so many MB and gives its folder, where this system and its rights allow that."""
+    place = tmp_path / "small"
+
+    def mounted(megabytes: int) -> Path:
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            place.rmdir()
+            pytest.skip("no disk can be mounted here")
+        return place
+
+    yield mounted
+    if place.exists():
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from helpers import budget
-from helpers.runtime import ROOT, CourseError
+from helpers.files import CourseError
+from helpers.runtime import ROOT
 
 FAMILIES = ["llama", "mistral", "qwen2", "gemma"]
 

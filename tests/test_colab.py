@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from course import colab, hosted
-from helpers.runtime import ROOT, CourseError
+from helpers.files import CourseError
+from helpers.runtime import ROOT
 
 
 def test_pins_are_dated_and_read(tmp_path):

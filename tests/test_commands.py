@@ -4,18 +4,21 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
 from course import measure, recording, runner, sweeps
 from helpers import ask, baselines, doctor, flights, generation, scoreboard
+from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
-from helpers.runtime import ROOT, CourseError
+from helpers.runtime import ROOT
 
 # ---------------------------------------------------------------- doctor
 
@@ -99,6 +102,9 @@ def asker(monkeypatch):
         "prose": "I don't know.",
         "refuse": flights.REFUSAL,
         "null": "SELECT NULL, 'x'",
+        "blob": "SELECT x'00ff' AS blob, 9e999 AS inf, -9e999 AS minus, 1.5 AS real",
+        "escape": "SELECT char(27)||'[2J' AS a, 'b'||char(10)||'c' AS b, 1 AS `\x1b[31m` UNION ALL SELECT 'long', 'd', 2",
+        "unknown": "SELECT `\x1b[5m\x07` FROM flights",
     }
     monkeypatch.setattr(generation, "generate", lambda m, t, chats, **k: [answers[chats[0][-1]["content"]]])
     one = FakeAsker(answers)
@@ -135,6 +141,72 @@ def test_ask_jsonl_writes_one_object_a_line(asker, monkeypatch, capsys):
     assert out[0]["rows"] == [[111279]] and out[0]["error"] is None and out[2]["error"]
 
 
+def test_what_json_does_not_know_is_text(asker, monkeypatch, capsys):
+    monkeypatch.setattr(ask, "Asker", lambda stage: asker)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"blob\n")))
+    assert ask.main(["--jsonl"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["rows"] == [["X'00FF'", "inf", "-inf", 1.5]]
+
+
+def test_an_answer_steers_no_terminal_and_the_table_stays_whole(asker, capsys, monkeypatch):
+    lines = ask.show(asker.answer("escape")).splitlines()
+    assert lines[1:] == ["a        b       \\x1b[31m", "\\x1b[2J  b\\x0ac  1", "long     d       2"]
+    assert "\x1b" not in lines[0]  # the query itself
+    shown = ask.show(asker.answer("unknown"))
+    assert not {"\x1b", "\x07"} & set(shown) and r"\x1b[5m\x07" in shown
+    reply = asker.answer("count") | {"error": "\x1b[2J"}
+    assert ask.show(reply).endswith(r"\x1b[2J")
+
+
+def test_a_line_of_any_length_is_one_answer_in_little_memory(asker, monkeypatch, capsys):
+    class Long:  # 40 MB that nobody holds
+        def __init__(self, length):
+            self.left = length
+
+        def readline(self, limit):
+            count, self.left = min(limit, self.left), self.left - min(limit, self.left)
+            return b"x" * count
+
+    monkeypatch.setattr(ask, "Asker", lambda stage: asker)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Long(40_000_000)))
+    assert ask.main(["--jsonl"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "40,000,000 characters; the limit is 500" in json.loads(line)["error"] and len(line) < 1000
+
+
+BROKEN = """
+import sys
+from helpers import ask, command
+class Asker:
+    def __init__(self, stage): pass
+    def answer(self, question, length=None):
+        if question == "stop": raise KeyboardInterrupt
+        return {"question": question, "sql": "", "columns": [], "rows": [["x" * 1000]], "error": None}
+    def close(self): pass
+ask.Asker = Asker
+sys.exit(ask.main(["--jsonl"]))
+"""
+
+
+@pytest.mark.skipif(not shutil.which("head"), reason="no head here")
+def test_whoever_reads_the_answers_may_stop():
+    asked = subprocess.Popen([sys.executable, "-c", BROKEN], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    head = subprocess.Popen(["head", "-1"], stdin=asked.stdout, stdout=subprocess.PIPE)
+    asked.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        asked.stdin.write(b"a\n" * 1000)
+        asked.stdin.close()
+    assert json.loads(head.communicate()[0])["question"] == "a"
+    assert asked.wait(timeout=60) == 141 and asked.stderr.read() == b""
+    asked.stderr.close()
+
+
+def test_ctrl_c_ends_in_a_sentence():
+    done = subprocess.run([sys.executable, "-c", BROKEN], cwd=ROOT, input=b"a\nstop\n", capture_output=True)
+    assert done.returncode == 130 and done.stderr == b"\nStopped.\n" and len(done.stdout.splitlines()) == 1
+
+
 def test_ask_one_question(asker, monkeypatch, capsys):
     monkeypatch.setattr(ask, "Asker", lambda stage: asker)
     assert ask.main(["count"]) == 0 and "111279" in capsys.readouterr().out
@@ -148,7 +220,7 @@ def test_ask_without_a_model_is_one_sentence(monkeypatch, capsys):
         raise CourseError("Could not download it.")
 
     monkeypatch.setattr(ask, "Asker", fails)
-    assert ask.main(["count"]) == 1 and capsys.readouterr().err == "Could not download it.\n"
+    assert ask.main(["count"]) == 1 and capsys.readouterr().err == "\nCould not download it.\n"
 
 
 @pytest.mark.slow
@@ -157,6 +229,33 @@ def test_ask_the_base_model():
     reply = one.answer("How many flights left JFK in July?")
     one.close()
     assert set(reply) == {"question", "sql", "columns", "rows", "error"} and (reply["sql"] or reply["error"])
+
+
+@pytest.mark.slow
+def test_a_shared_cache_and_a_home_that_are_read_only_will_do(tmp_path):
+    """The cache as a classroom's server offers it; nothing of one's own but the runs."""
+    from helpers import models, runtime
+
+    models.model_path(), flights.database_path()
+    cache, home = tmp_path / "cache", tmp_path / "home"
+    for place in (cache, home):
+        place.mkdir()
+    mounts = [["mount", "--bind", str(runtime.cache_dir()), str(cache)], ["mount", "-o", "remount,bind,ro", str(cache)]]
+    mounts += [["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", str(home)]]
+    if not shutil.which("mount") or any(subprocess.run(mount, capture_output=True).returncode for mount in mounts):
+        subprocess.run(["umount", str(cache)], capture_output=True)
+        pytest.skip("nothing can be mounted here")
+    try:
+        environment = os.environ | {"COURSE_CACHE": str(cache), "HOME": str(home), "COURSE_RUNS": str(tmp_path / "runs"), "XDG_CACHE_HOME": str(home)}
+        command = [sys.executable, "-m", "helpers.ask", "--stage", "base", "--jsonl"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, input="How many flights left JFK in July?\n", capture_output=True, text=True)
+        assert done.returncode == 0 and json.loads(done.stdout)["question"], done.stderr[-2000:]
+        empty = environment | {"COURSE_CACHE": str(home / "mine")}
+        done = subprocess.run(command, cwd=ROOT, env=empty, input="x", capture_output=True, text=True)
+        assert done.returncode == 1 and "was not written, its disk is read-only: set COURSE_CACHE" in done.stderr and "Traceback" not in done.stderr
+    finally:
+        for place in (cache, home):
+            subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.slow

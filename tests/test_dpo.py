@@ -11,8 +11,9 @@ import pytest
 from course import measure, sweeps
 from helpers import adapters, dense, dpo, flights, generation, models, preferences, recipes, runtime, scoreboard, training
 from helpers.dpo import DPORecipe
+from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
-from helpers.runtime import ROOT, CourseError
+from helpers.runtime import ROOT
 
 pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=2, rank=4, alpha=8, batch_size=2, warmup_steps=0, examples=8)
@@ -160,7 +161,7 @@ def test_committed_pairs_are_read_by_name():
         (b'{"prompt": "", "chosen": "SELECT 1", "rejected": "SELECT 2"}', ["'prompt' is empty", "fill it in or remove the line"]),
         (b'{"prompt": "x", "chosen": "SELECT 1"}', ["'rejected' is missing", "add it"]),
         (b'{"question": "x", "chosen": "SELECT 1", "rejected": "SELECT 2"}', ["'prompt' is missing", "add it"]),
-        (b'{"prompt": "x", "chosen": ["SELECT 1"], "rejected": "SELECT 2"}', ["'chosen' is list, not text", "double quotes"]),
+        (b'{"prompt": "x", "chosen": ["SELECT 1"], "rejected": "SELECT 2"}', ["'chosen' is a list, not text", "double quotes"]),
         (b'{"prompt": "x", "chosen"', ["not JSON", "check quotes"]),
     ],
 )

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from helpers import flights, sql
-from helpers.runtime import ROOT, CourseError
+from helpers.files import CourseError
+from helpers.runtime import ROOT
 
 GOOD = b'{"question": "how many?", "sql": "SELECT COUNT(*) FROM flights"}\n'
 
@@ -56,7 +57,7 @@ def test_perturbing_is_deterministic():
         (GOOD + b"{broken\n", ["mine.jsonl", "line 2", "not JSON", "check quotes"]),
         (GOOD + b'{"question": "x"}\n', ["line 2", "'sql' is missing", "add it"]),
         (GOOD + b'{"question": "x", "sql": "  "}\n', ["line 2", "'sql' is empty", "fill it in"]),
-        (GOOD + b'{"question": 7, "sql": "SELECT 1"}\n', ["line 2", "'question' is int, not text", "double quotes"]),
+        (GOOD + b'{"question": 7, "sql": "SELECT 1"}\n', ["line 2", "'question' is a number, not text", "double quotes"]),
         (GOOD + b'["question"]\n', ["line 2", "not an object"]),
         (GOOD + GOOD, ["line 2", "'question'", "same question as line 1", "remove one"]),
         (GOOD + b'{"question": "\xff", "sql": "SELECT 1"}\n', ["line 2", "byte 15 is not UTF-8", "save the file as UTF-8"]),
@@ -75,7 +76,7 @@ def test_a_bad_file_is_refused_whole_with_line_field_and_remedy(tmp_path, conten
 
 def test_all_problems_are_listed_up_to_ten(tmp_path):
     with pytest.raises(CourseError) as error:
-        flights.read_jsonl(write(tmp_path, b"{\n" * 15))
+        flights.read_jsonl(write(tmp_path, b"{broken\n" * 15))
     assert str(error.value).count("not JSON") == 10 and "5 more" in str(error.value)
 
 

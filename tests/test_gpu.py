@@ -11,7 +11,8 @@ import pytest
 
 from course import gpu
 from helpers import budget, menu, models, runtime
-from helpers.runtime import CourseError, runs_dir
+from helpers.files import CourseError
+from helpers.runtime import runs_dir
 
 T4 = runtime.T4_BYTES
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 1024}

@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 from course import colab, hosted, runner
-from helpers.runtime import ROOT, CourseError
+from helpers.files import CourseError
+from helpers.runtime import ROOT
 
 PROJECT = runner.project()
 TAG, ADDRESS = "v" + PROJECT["version"], PROJECT["urls"]["Repository"]

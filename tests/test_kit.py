@@ -17,7 +17,8 @@ import pytest
 
 from course import kit, runner
 from helpers import adapters, dpo, flights, models, recipes, times, training
-from helpers.runtime import ROOT, CourseError, runs_dir
+from helpers.files import CourseError
+from helpers.runtime import ROOT, runs_dir
 
 SFT, DPO = recipes.SFTRecipe(), dpo.DPORecipe()
 
@@ -97,6 +98,39 @@ def test_another_recipes_adapter_is_not_taken(workshop, trained):
     other = recipes.SFTRecipe(seed=1)
     training.sft_adapter(other)
     assert trained == [other]
+
+
+MANIFESTS = {  # that are none
+    "a list": "[]", "files are a list": '{"files": []}', "a null entry": '{"files": {"NAME": null}}', "a text entry": '{"files": {"NAME": "x"}}',
+    "no sum": '{"files": {"NAME": {"size": 1}}}', "a number for a sum": '{"files": {"NAME": {"sha256": 1}}}', "nested": "[" * 100_000, "empty": "", "null": "null",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_manifest_that_is_none_is_a_damaged_kit(text, workshop, trained):
+    name = f"adapters/{SFT.folder().name}/adapter/adapter_config.json"
+    (workshop / "manifest.json").write_text(text.replace("NAME", name), encoding="utf-8")
+    with pytest.raises(CourseError, match=rf"^The kit's copy of {SFT.folder().name} is damaged: copy the kit again"):
+        training.sft_adapter()
+    assert [p.name for p in SFT.folder().iterdir()] == ["adapter.lock"] and not trained
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("kind", ["a link", "a linked folder", "a pipe"])
+def test_nothing_outside_the_kit_is_read(kind, workshop, trained, tmp_path):
+    adapter = workshop / "adapters" / SFT.folder().name / "adapter"
+    weights = adapter / "adapter_model.safetensors"
+    weights.rename(tmp_path / "outside")
+    if kind == "a link":
+        weights.symlink_to(tmp_path / "outside")  # the very bytes that the manifest lists
+    elif kind == "a pipe":
+        os.mkfifo(weights)
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CourseError, match=rf"^The kit's copy of {SFT.folder().name} is damaged"):
+        training.sft_adapter()
+    assert [p.name for p in SFT.folder().iterdir()] == ["adapter.lock"] and not trained
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "added", "no manifest", "half a manifest", "unlisted"])
@@ -397,6 +431,52 @@ def tiny(tmp_path):
 def install(folder, **variables):
     environment = os.environ | {"PIP_INDEX_URL": "https://example.org", "PYTHONIOENCODING": "utf-8"} | variables
     return subprocess.run([sys.executable, "install.py"], cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+
+
+@pytest.mark.parametrize("text", [*MANIFESTS.values(), *(
+    json.dumps(HERE | {"files": files}) for files in (
+        {}, {"../outside": {"sha256": "0" * 64, "size": 1}}, {"/etc/passwd": {"sha256": "0" * 64, "size": 1}}, {"a/../../b": {"sha256": "0" * 64, "size": 1}},
+        {"C:\\x": {"sha256": "0" * 64, "size": 1}}, {"wheels//x": {"sha256": "0" * 64, "size": 1}}, {"\x1b[2J": {"sha256": "0" * 64, "size": 1}},
+        {"wheels/x": {"sha256": None, "size": 1}}, {"wheels/x": {"sha256": "0" * 64, "size": "1"}}, {"wheels/x": []},
+    )
+), json.dumps({"python": 3.11, "machine": HERE["machine"], "files": {"x": {"sha256": "", "size": 0}}}), json.dumps({"files": {}})])  # fmt: skip
+def test_install_refuses_a_manifest_that_is_none(tiny, text):
+    (tiny / "kit" / "manifest.json").write_text(text, encoding="utf-8")
+    done = install(tiny)
+    assert done.returncode == 1 and done.stderr == "\nkit/manifest.json is missing or damaged: copy the whole folder again, then run install.py again: it goes on.\n"
+    assert not (tiny / ".venv").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: (f / "kit" / "wheels" / "evil-1-py3-none-any.whl").touch(), "kit/wheels/evil-1-py3-none-any.whl doesn't belong to this kit: remove it"),
+        (lambda f: (f / "kit" / "wheels" / "\x1b[2J.whl").touch(), r"kit/wheels/\x1b[2J.whl doesn't belong to this kit"),
+        (lambda f: (f / "kit" / "wheels" / "link.whl").symlink_to("/etc/passwd"), "kit/wheels/link.whl doesn't belong to this kit"),
+        (lambda f: (f / "kit" / "wheels" / "inside").symlink_to("/etc"), "kit/wheels/inside doesn't belong to this kit"),
+        (lambda f: os.mkfifo(f / "kit" / "adapters"), None),
+        (lambda f: os.mkfifo(f / "kit" / "wheels" / "pipe.whl"), "kit/wheels/pipe.whl doesn't belong to this kit"),
+        (lambda f: [(w.rename(f / "out"), w.symlink_to(f / "out")) for w in (f / "kit" / "wheels").glob("pip*")], r"kit/wheels/pip-99.0-py3-none-any.whl is missing"),
+        (lambda f: [(w.unlink(), os.mkfifo(w)) for w in (f / "kit" / "wheels").glob("pip*")], r"kit/wheels/pip-99.0-py3-none-any.whl is missing"),
+        (lambda f: [((f / "kit" / "manifest.json").unlink(), (f / "kit" / "manifest.json").symlink_to("/dev/zero"))], "kit/manifest.json is missing or damaged"),
+        (lambda f: [((f / "kit" / "manifest.json").unlink(), os.mkfifo(f / "kit" / "manifest.json"))], "kit/manifest.json is missing or damaged"),
+    ],
+)
+def test_install_reads_nothing_outside_and_takes_no_stranger(tiny, change, says):
+    change(tiny)
+    done = install(tiny)
+    if says is None:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr and "\x1b" not in done.stderr and not (tiny / ".venv").exists()
+
+
+def test_what_a_manifest_says_of_its_machine_steers_no_terminal(tiny):
+    for field in ("python", "machine"):
+        kit.manifest(tiny / "kit", **HERE | {field: "\x1b[2J" + "x" * 500})
+        done = install(tiny)
+        assert done.returncode == 1 and "This kit is for" in done.stderr and "\x1b" not in done.stderr and len(done.stderr) < 300
 
 
 def test_installing_twice_and_after_a_move(tiny):

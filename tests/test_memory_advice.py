@@ -6,8 +6,9 @@ import pytest
 
 from helpers import menu, models, recipes, training
 from helpers.dpo import DPORecipe
+from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
-from helpers.runtime import CourseError, decide
+from helpers.runtime import decide
 
 pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=4, batch_size=2, warmup_steps=1)

@@ -11,7 +11,8 @@ import pytest
 from huggingface_hub import errors
 
 from helpers import hub, menu, models, recipes, times
-from helpers.runtime import DATA, ROOT, CourseError, Device, decide
+from helpers.files import CourseError
+from helpers.runtime import DATA, ROOT, Device, decide
 
 PUBLISHED = {  # parameters, from the models' cards and safetensors headers
     "SmolLM2-135M-Instruct": 134_515_008,

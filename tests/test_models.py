@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from helpers import models
-from helpers.runtime import ROOT, CourseError
+from helpers.files import CourseError
+from helpers.runtime import ROOT
 
 
 def test_unknown_model_is_one_sentence(monkeypatch):

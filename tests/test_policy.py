@@ -8,8 +8,8 @@ import pytest
 
 from helpers import dpo, models, recipes, runtime, training
 from helpers.dpo import DPORecipe
+from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
-from helpers.runtime import CourseError
 
 pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=4, rank=4, alpha=8, batch_size=2, warmup_steps=0)

@@ -308,7 +308,7 @@ def test_what_is_taken_away_is_missed(tmp_path, monkeypatch, db):
     pytest.importorskip("resource")
     unexpected = "import resource\ndef no(*_): raise RuntimeError\nresource.setrlimit = no"
     with worker_that(unexpected, tmp_path, monkeypatch, db) as worker:
-        assert reason(worker, "SELECT 1") == "killed"
+        assert reason(worker, "SELECT 1") == "crashed"
 
 
 def _spawned(path: Path, query: str) -> tuple:

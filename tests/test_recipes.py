@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from helpers import adapters, dense, flights, models, recipes, training
+from helpers import adapters, dense, flights, losses, models, recipes, training
+from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
-from helpers.runtime import ROOT, CourseError
+from helpers.runtime import ROOT
 
 pytestmark = pytest.mark.usefixtures("short_model")
 TINY = SFTRecipe(steps=4, batch_size=2, warmup_steps=1)
@@ -65,7 +66,10 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     for step, files in {2: ("trainer_state.json", "optimizer.pt"), 10: ("optimizer.pt",), 4: ("trainer_state.json", "optimizer.pt")}.items():
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in files:
-            (tmp_path / f"checkpoint-{step}" / name).touch()
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "checkpoint-12").mkdir()
+    for name, text in (("optimizer.pt", "…"), ("trainer_state.json", '{"global_step": 1')):  # cut short by a full disk
+        (tmp_path / "checkpoint-12" / name).write_text(text, encoding="utf-8")
     assert training.last_checkpoint(tmp_path).name == "checkpoint-4"
 
 
@@ -154,7 +158,7 @@ def test_our_cpu_loss_is_trls_loss(tmp_path, method):
     from trl import SFTTrainer
 
     results = []
-    for kind in (SFTTrainer, training.cpu_trainer_class()):
+    for kind in (SFTTrainer, losses.cpu_trainer_class()):
         torch.manual_seed(0)
         args = training.sft_config(TINY, tmp_path, bf16=False, fp16=False)
         built = kind(
@@ -201,6 +205,18 @@ def test_interrupt_before_the_first_checkpoint_says_so(tmp_path):
     stopped.add_callback(interrupt_at(1))
     with pytest.raises(CourseError, match="there was no checkpoint yet"):
         training.fit(stopped)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_a_run_keeps_the_last_checkpoint(small_disk):
+    place = small_disk(16)  # one checkpoint, not two
+    with pytest.raises(CourseError, match=r"The disk filled up at step 4; the checkpoint of step 2 is kept\. Free some space and run the same cell again") as told:
+        training.fit(trainer(place / "run"))
+    assert str(place) not in str(told.value) and told.value.__context__ is None
+    kept = json.loads((place / "run" / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert kept["global_step"] == 2
+    again = training.fit(trainer(place / "run", save_strategy="no"))  # goes on from there
+    assert again["history"][-1]["step"] == 4
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ import pytest
 
 from course import colab, gpu, kit, runner
 from helpers import runtime
-from helpers.runtime import ROOT, CourseError
+from helpers.command import status as ending
+from helpers.files import CourseError
+from helpers.runtime import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
@@ -175,7 +177,7 @@ def test_the_house_has_floors_and_no_circle():
         ("helpers/menu.py", "from helpers import recipes", "helpers.menu is not allowed to import helpers.recipes"),  # a circle
         ("helpers/flights.py", "def later():\n    from helpers.scoring import judge", "helpers.flights is not allowed to import helpers.scoring"),  # hidden
         ("helpers/generation.py", "import helpers.scoring", "helpers.generation is not allowed to import helpers.scoring"),  # of one floor
-        ("helpers/plots.py", "from helpers import sql", "helpers.plots is not allowed to import helpers.sql"),
+        ("helpers/plots.py", "from helpers import runtime", "helpers.plots is not allowed to import helpers.runtime"),
         ("helpers/ask.py", "from course import exercises", "helpers is not allowed to import course"),
         ("course/hosted.py", "from course import runner", "course.hosted is not allowed to import course.runner"),
         ("helpers/new.py", "import json", "helpers.new"),  # a file that has no place yet
@@ -307,8 +309,8 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_each_command_ends_with_its_own_status():
-    assert [runner.status(lambda result=result: result) for result in (None, 0, 3, ROOT)] == [0, 0, 3, 0]
-    assert runner.status(lambda a, b: a + b, 2, b=5) == 7
+    assert [ending(lambda result=result: result) for result in (None, 0, 3, ROOT)] == [0, 0, 3, 0]
+    assert ending(lambda a, b: a + b, 2, b=5) == 7
 
 
 @pytest.mark.parametrize(

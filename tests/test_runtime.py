@@ -1,17 +1,13 @@
-"""Places, locks, torn builds, devices."""
+"""Places, devices, progress."""
 
-import errno
-import multiprocessing
-import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
 from helpers import runtime
-from helpers.runtime import ROOT, CourseError, building
+from helpers.runtime import ROOT
 
 
 def test_places_follow_the_environment(tmp_path, monkeypatch):
@@ -25,71 +21,6 @@ def test_places_follow_the_environment(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "w"))
     assert runtime.cache_dir() == tmp_path / "w" / "first-llm-experiment"
-
-
-def test_building_makes_it_once(tmp_path):
-    made = []
-    for _ in range(2):
-        with building(tmp_path / "thing") as scratch:
-            if scratch is not None:
-                scratch.write_text("whole", encoding="utf-8")
-                made.append(1)
-    assert made == [1] and (tmp_path / "thing").read_text(encoding="utf-8") == "whole"
-
-
-def test_an_error_leaves_nothing_of_that_name(tmp_path):
-    with pytest.raises(ValueError), building(tmp_path / "thing") as scratch:
-        scratch.write_text("half", encoding="utf-8")
-        raise ValueError
-    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
-
-
-def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(CourseError, match="No space to make thing: .* MB free"), building(tmp_path / "thing", need_bytes=10**18):
-        pass
-    with pytest.raises(CourseError, match="The disk filled up while making thing"), building(tmp_path / "thing"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_killed_build_is_made_again(tmp_path):
-    code = f"""
-import sys, time; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from helpers.runtime import building
-with building(Path({str(tmp_path)!r}) / "thing") as scratch:
-    scratch.write_text("torn")
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n"
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert not (tmp_path / "thing").exists() and list(tmp_path.glob("thing.part-*"))
-    with building(tmp_path / "thing") as scratch:
-        scratch.write_text("whole", encoding="utf-8")
-    assert (tmp_path / "thing").read_text(encoding="utf-8") == "whole" and not list(tmp_path.glob("thing.part-*"))
-
-
-def _build(folder, queue):
-    with building(folder / "thing") as scratch:
-        if scratch is not None:
-            queue.put(os.getpid())
-            time.sleep(0.3)
-            scratch.write_text("whole", encoding="utf-8")
-
-
-def test_two_processes_build_it_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_build, args=(tmp_path, queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    queue.get(timeout=5)
-    assert queue.empty() and (tmp_path / "thing").read_text(encoding="utf-8") == "whole"
 
 
 @pytest.mark.parametrize(("ratio", "dtype"), [(3.0, "bfloat16"), (0.7, "float32")])

@@ -2,11 +2,12 @@
 
 import random
 import re
+import time
 
 import pytest
 
 from helpers import flights, generation, intervals, scoring
-from helpers.runtime import CourseError
+from helpers.files import CourseError
 from helpers.scoring import extract_sql, same_result, same_value
 
 EXTRACT = {
@@ -110,14 +111,96 @@ def test_judge(answer, reference, kind):
     assert verdict["correct"] is (kind == "right")
 
 
-def test_a_query_runs_once_on_each_instance_and_the_oldest_result_makes_room(monkeypatch):
-    judge, ran, execute = scoring.Judge(), [], scoring.safe.execute
-    monkeypatch.setattr(scoring.safe, "execute", lambda connection, sql, *limits: ran.append(sql) or execute(connection, sql, *limits))
+def test_a_query_runs_once_on_each_instance_and_the_oldest_results_make_room(monkeypatch):
+    judge, ran, run = scoring.Judge(), [], scoring.safe.Worker.run
+    monkeypatch.setattr(scoring.safe.Worker, "run", lambda worker, sql, seconds: ran.append(sql) or run(worker, sql, seconds))
     other = COUNT.replace("*", "1")
     assert all(judge.judge(other, COUNT)["correct"] for _ in range(2)) and ran == [other, COUNT] * 3
-    judge.results = {(0, str(n)): None for n in range(10_000)}
-    assert judge.run(1, COUNT).rows == judge.run(1, COUNT).rows and len(ran) == 7
-    assert len(judge.results) == 10_000 and (0, "0") not in judge.results and {(0, "1"), (1, COUNT)} <= judge.results.keys()
+    monkeypatch.setattr(scoring, "KEPT", 7)
+    assert judge.run(1, "SELECT 1").rows == judge.run(1, "SELECT 1").rows and len(ran) == 7
+    judge.run(1, "SELECT 2")
+    assert len(judge.results) == 7 and (0, other) not in judge.results and {(0, COUNT), (1, "SELECT 2")} <= judge.results.keys()
+    monkeypatch.setattr(scoring, "KEPT_VALUES", 2000)
+    judge.run(0, "SELECT dest, origin FROM flights LIMIT 900")
+    assert judge.values <= 2000 and len(judge.results) == 7
+    judge.run(0, "SELECT dest, origin, month FROM flights LIMIT 900")  # larger than all that may be kept: kept alone
+    assert len(judge.results) == 1 and judge.values == 2700
+
+
+def test_what_no_time_limit_can_stop_is_a_wrong_answer_like_others():
+    slow, start = "SELECT printf('%.2147483647c','a'), printf('%.2147483646c','a')", time.monotonic()
+    assert scoring.judge().judge(slow, COUNT)["kind"] in ("does not run (killed)", "does not run (too large)")
+    assert scoring.judge().judge(COUNT, COUNT.replace("*", "1"))["correct"] and time.monotonic() - start < 20
+
+
+# ---------------------------------------------------------------- however long
+
+
+def test_ties_are_looked_for_in_time_that_grows_with_the_query():
+    for hostile in (
+        "SELECT a FROM b" + " ORDER BY a" * 900,
+        "SELECT a FROM b ORDER BY (" + " ORDER BY a(" * 800,
+        "SELECT " * 1500 + " FROM a ORDER BY 1",
+        " " * 9000 + "x ORDER BY a" + " " * 9000 + "LIMIT 3 x",
+        "SELECT a FROM b ORDER BY" + " (" * 5000,
+    ):
+        start = time.perf_counter()
+        scoring.tie_variants(hostile)
+        assert time.perf_counter() - start < 10, hostile[:30]  # milliseconds; it was minutes
+
+
+@pytest.mark.parametrize(
+    ("query", "variants"),
+    [
+        ("SELECT a, b FROM t ORDER BY a LIMIT 3", ["SELECT a, b FROM t ORDER BY a, 1 ASC, 2 ASC LIMIT 3", "SELECT a, b FROM t ORDER BY a, 1 DESC, 2 DESC LIMIT 3"]),
+        (" SELECT a FROM t ORDER BY COUNT(*) DESC ", ["SELECT a FROM t ORDER BY COUNT(*) DESC, 1 ASC", "SELECT a FROM t ORDER BY COUNT(*) DESC, 1 DESC"]),
+        ("SELECT a FROM (SELECT a FROM t ORDER BY a)", []),
+        ("SELECT a FROM t ORDER BY f(g(a))", []),
+        ("SELECT a FROM (SELECT a FROM t ORDER BY a) ORDER BY b", ["SELECT a FROM (SELECT a FROM t ORDER BY a) ORDER BY b, 1 ASC", "SELECT a FROM (SELECT a FROM t ORDER BY a) ORDER BY b, 1 DESC"]),
+        ("SELECT 1", []),
+    ],
+)
+def test_ties_of_the_last_order(query, variants):
+    assert scoring.tie_variants(query) == variants
+
+
+def test_rows_in_another_order_are_compared_in_time_that_grows_with_them():
+    rng, rows = random.Random(0), [(i % 7, i * 1.37, f"x{i % 50}", None) for i in range(1000)]
+    mixed = rng.sample(rows, len(rows))
+    scoring.same_result(rows[:1], rows[:1], False)  # loads the names of airports
+    count = 0
+    real = scoring.same_value
+
+    def counted(*values):
+        nonlocal count
+        count += 1
+        return real(*values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "same_value", counted)
+        assert scoring.same_result(mixed, rows, False) and not scoring.same_result(mixed, rows, True)
+        assert not scoring.same_result([*mixed[1:], (8, 0.0, "x", None)], rows, False)
+        assert count < 200_000  # of 16 pairs of columns; every row against every other would be millions
+        count, near = 0, [(i / 30, (i * 7 % 1000) / 30) for i in range(1000)]  # within rounding of many others
+        assert scoring.same_result(rng.sample(near, len(near)), near, False) in (True, False) and count < 200_000
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected", "same"),
+    [
+        ([(1.0, "b"), (1.0, "a")], [(0.97, "b"), (1.04, "a")], True),  # rounded, and sorted otherwise
+        ([(1.0, 2.0), (1.0, 1.0)], [(0.98, 2.0), (1.04, 1.0)], True),
+        ([(2, 2), (1, "JFK"), (0, 2.05), (0, 1)], [(0, 1), (0, 2.05), (1, "JFK"), (2, 2)], True),  # a whole number beside a near fraction
+        ([(1.04,), (1,)], [(1.0,), (1,)], True),
+        ([(1.04,), (1.04,)], [(1.0,), (1,)], False),
+        ([(None,), ("a",)], [("a",), (None,)], True),
+        ([("JFK",), ("LGA",)], [("LaGuardia",), ("John F Kennedy Intl",)], False),
+        ([(b"a",), (1,)], [(1,), (b"a",)], True),
+        ([(1, 2), (2, 1)], [(1, 1), (2, 2)], False),
+    ],
+)
+def test_rows_as_a_multiset(predicted, expected, same):
+    assert scoring.same_result(predicted, expected, False) is same
 
 
 def test_luck_on_one_database_is_found_out():

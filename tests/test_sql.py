@@ -7,6 +7,7 @@ harm); `{{text*n}}` in it stands for n times that text. Times are never asserted
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -347,8 +349,80 @@ def test_a_kill_that_comes_just_after_the_answer_never_hits_the_next_query(db, m
 
 
 def test_crash_of_the_worker_is_silent(db, capfd):
-    assert reason_of(run_untrusted, "SELECT 1", db, Limits(memory_mb="many")) == "killed"  # a TypeError in there
+    assert reason_of(run_untrusted, "SELECT 1", db, Limits(memory_mb="many")) == "crashed"  # a TypeError in there
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_that_died_between_two_queries_is_started_again(db):
+    with Worker(db) as worker:
+        assert worker.run("SELECT 1").rows == [(1,)]
+        for end in (lambda process: process.kill(), lambda process: (process.kill(), process.wait())):
+            before = worker._process
+            end(before)
+            assert worker.run("SELECT 2").rows == [(2,)] and worker._process is not before
+
+
+def test_a_query_that_ends_the_process_twice_says_so_and_the_next_one_works(db, monkeypatch):
+    with Worker(db) as worker:
+        worker.run("SELECT 1")
+        ask, asked = worker._ask, []
+
+        def dying(message, limits):
+            if message.get("sql") == "SELECT 2":
+                asked.append(worker._process.pid)
+                worker._process.kill()
+            return ask(message, limits)
+
+        monkeypatch.setattr(worker, "_ask", dying)
+        with pytest.raises(SqlError, match="The query ended its process, twice") as told:
+            worker.run("SELECT 2")
+        assert told.value.reason == "crashed" and len(set(asked)) == 2 and worker.run("SELECT 3").rows == [(3,)]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_fork_has_a_worker_of_its_own(db):
+    def child():
+        cut = all(os.path.samestat(os.fstat(pipe.fileno()), os.stat(os.devnull)) for pipe in (parents.stdin, parents.stdout))
+        assert cut and worker._process is None and worker.run("SELECT 2").rows == [(2,)] and worker._process.pid != pid
+        worker.close()
+
+    with Worker(db) as worker:
+        worker.run("SELECT 1")
+        parents, pid = worker._process, worker._process.pid
+        fork = multiprocessing.get_context("fork").Process(target=child)
+        fork.start()
+        fork.join()
+        assert fork.exitcode == 0 and worker.run("SELECT 3").rows == [(3,)] and worker._process.pid == pid
+
+
+def test_ctrl_c_on_a_terminal_is_not_the_workers_business(db):
+    with Worker(db) as worker:
+        worker.run("SELECT 1")
+        process = worker._process
+        os.kill(process.pid, signal.SIGINT)
+        assert worker.run("SELECT 2").rows == [(2,)] and worker._process is process
+
+
+def test_a_time_limit_of_one_querys_own(db):
+    with Worker(db, Limits(seconds=0.2, kill_seconds=5)) as worker:
+        assert reason_of(worker.run, ENDLESS + "SELECT max(n) FROM c") == "time"
+        start = time.monotonic()
+        with pytest.raises(SqlError, match="stopped after 1 s"):
+            worker.run(ENDLESS + "SELECT max(n) FROM c", 1)
+        assert 0.9 < time.monotonic() - start < 4
+        assert reason_of(worker.run, ENDLESS + "SELECT max(n) FROM c") == "time"
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\x9bb", "\u202e", "\x07", "\u2066"])
+def test_what_sqlite_says_of_a_query_steers_no_terminal(db, text):
+    for run in (lambda query: run_untrusted(query, db), lambda query: execute(connect(db), query)):
+        with pytest.raises(SqlError) as told:
+            run(f'SELECT `{text}` FROM flights')
+        assert text not in str(told.value) and not sql.CONTROLS.search(str(told.value))
+
+
+def test_printable_writes_out_what_would_not_be_shown():
+    assert sql.printable("a\x1b\n\tb\u2028é😀") == "a\\x1b\\x0a\\x09b\\u2028é😀" and sql.printable("a\nb\x00", keep="\n") == "a\nb\\x00"
 
 
 def test_worker_ends_with_its_parent(db):

@@ -9,8 +9,8 @@ import pytest
 
 from course import measure, recording, sweeps
 from helpers import scoreboard, times
+from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
-from helpers.runtime import CourseError
 
 POINTS = [{"stage": "zero-shot", "seed": seed, "recipe": SFTRecipe(seed=seed)} for seed in range(4)]
 KEYS = [sweeps.key("small", point) for point in POINTS]

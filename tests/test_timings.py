@@ -6,7 +6,7 @@ import pytest
 
 from course import timings
 from course.timings import Block
-from helpers.runtime import CourseError
+from helpers.files import CourseError
 from helpers.times import Work
 
 
