@@ -122,16 +122,14 @@ def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool =
     """
     with sql.Worker(database_path()) if check_sql else contextlib.nullcontext() as worker:
 
-        def look(row):
-            if worker and row["sql"] != REFUSAL:
+        def run(row):
+            if row["sql"] != REFUSAL:
                 try:
                     worker.run(row["sql"])
                 except sql.SqlError as error:
                     raise CourseError(f"field 'sql' doesn't run: {error}") from None
-            if check:
-                check(row)
 
-        return jsonl.read(path, required, look if check or check_sql else None)
+        return jsonl.read(path, required, check, run if check_sql else None)
 
 
 def load_questions(split: str | Path, half: str | None = None):

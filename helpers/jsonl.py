@@ -26,18 +26,18 @@ class Problem(Exception):
     """What is wrong with one line, and the remedy."""
 
 
-def read(path: str | Path, required: tuple[str, ...], check=None, seconds: float = CHECK_SECONDS) -> list[dict]:
+def read(path: str | Path, required: tuple[str, ...], check=None, slow_check=None, seconds: float = CHECK_SECONDS) -> list[dict]:
     """The rows of a JSON Lines file: the `required` fields, non-empty texts, and those of `OPTIONAL` that a row has (others None).
 
     Raises one CourseError for all that is wrong, with file, line, field and remedy. Of the field "question" none may come twice
     (spaces around it and case aside). CRLF line ends and a byte-order mark, which Windows editors write, are read as if they
-    weren't there. Fields that the course doesn't know are left out, and that is said. `check` is called with each row of a file
-    that is otherwise good, and raises a CourseError; all calls together may take `seconds`, with a bar.
+    weren't there. Fields that the course doesn't know are left out, and that is said. `check` is called with each row and
+    raises a CourseError; so is `slow_check`, in a file that is otherwise good: all its calls together may take `seconds`, with a bar.
     """
     path = Path(path)
-    rows, problems, ignored = _parse(path, required)
-    if check and not problems:
-        _check(rows, check, seconds, problems)
+    rows, problems, ignored = _parse(path, required, check)
+    if slow_check and not problems:
+        _check(rows, slow_check, seconds, problems)
     if problems:
         more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         said = "\n  ".join(f"line {number}: {problem}" for number, problem in problems[:SHOWN])
@@ -49,7 +49,7 @@ def read(path: str | Path, required: tuple[str, ...], check=None, seconds: float
     return [{name: row.get(name) for name in [*order, *(n for n in names if n not in order)]} for _, row in rows]
 
 
-def _parse(path: Path, required) -> tuple[list[tuple[int, dict]], list[tuple[int, str]], set[str]]:
+def _parse(path: Path, required, check) -> tuple[list[tuple[int, dict]], list[tuple[int, str]], set[str]]:
     """Rows and problems, each with its line's number, and the names of fields that are left out."""
     rows, problems, seen, ignored = [], [], {}, set()
     try:
@@ -71,8 +71,11 @@ def _parse(path: Path, required) -> tuple[list[tuple[int, dict]], list[tuple[int
                     question = row["question"].strip().lower() if "question" in required else ""
                     if question and seen.setdefault(question, number) != number:
                         raise Problem(f"field 'question': the same question as line {seen[question]}; remove one of them")
-                    rows.append((number, {name: value for name, value in row.items() if name in OPTIONAL or name in required}))
-                except Problem as problem:
+                    row = {name: value for name, value in row.items() if name in OPTIONAL or name in required}
+                    if check:
+                        check(row)
+                    rows.append((number, row))
+                except (Problem, CourseError) as problem:
                     problems.append((number, str(problem)))
     except OSError as error:
         raise CourseError(f"Can't read {path.name}: {error.strerror}. Check the path; the file needs one JSON object a line.") from None

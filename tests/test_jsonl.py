@@ -172,9 +172,18 @@ def test_a_file_has_a_total_budget(tmp_path):
 
     path = write(tmp_path, b"".join(json.dumps(ROW | {"question": str(i)}).encode() + b"\n" for i in range(100)))
     with pytest.raises(CourseError, match=r"line (\d+): by here the checks took 0.2 s, with \d+ rows to go; make the queries do less, or check fewer rows"):
-        jsonl.read(path, ("question", "sql"), check, seconds=0.2)
+        jsonl.read(path, ("question", "sql"), slow_check=check, seconds=0.2)
     assert 1 <= len(asked) < 20
-    assert len(jsonl.read(path, ("question", "sql"), check=lambda row: None, seconds=5)) == 100
+    assert len(jsonl.read(path, ("question", "sql"), slow_check=lambda row: None, seconds=5)) == 100
+
+
+def test_a_quick_check_speaks_beside_the_other_problems(tmp_path):
+    def check(row):
+        if row["question"] == "x":
+            raise CourseError("not this one")
+
+    with pytest.raises(CourseError, match="line 2: not this one\n  line 3: not JSON"):
+        flights.read_jsonl(write(tmp_path, second() + b"{\n"), check=check)
 
 
 def test_a_bad_line_is_told_before_any_query_is_run(tmp_path, monkeypatch):
