@@ -409,7 +409,7 @@ def test_a_time_limit_of_one_querys_own(db):
         start = time.monotonic()
         with pytest.raises(SqlError, match="stopped after 1 s"):
             worker.run(ENDLESS + "SELECT max(n) FROM c", 1)
-        assert 0.9 < time.monotonic() - start < 4
+        assert 0.9 < time.monotonic() - start < 20
         assert reason_of(worker.run, ENDLESS + "SELECT max(n) FROM c") == "time"
 
 
