@@ -1,4 +1,7 @@
-"""The notebooks' exercises: what each check tries, and the mistakes that it knows. Cards and stubs are in notebooks/, solutions in notebooks/solutions/."""
+"""The notebooks' exercises: what each check tries, and the mistakes that it knows. Cards and stubs are in notebooks/, solutions in notebooks/solutions/.
+
+First what checks share, then a room for each notebook, 00 to 04, with its three checks in the order of the cards.
+"""
 
 import math
 

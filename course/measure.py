@@ -18,6 +18,7 @@ from pathlib import Path
 
 from course import sweeps
 from helpers import adapters, baselines, dpo, generation, intervals, models, preferences, scoring, times, training
+from helpers.command import status
 from helpers.dpo import DPORecipe
 from helpers.files import CourseError, building, write_whole
 from helpers.recipes import SFTRecipe
@@ -193,12 +194,7 @@ def one(what: str, sweep: str, name: str) -> None:
 
 def main(what: str, sweep: str, name: str) -> int:
     setup()
-    try:
-        one(what, sweep, name)
-        return 0
-    except CourseError as error:  # the last line of the log
-        print(error)
-        return 1
+    return status(one, what, sweep, name)  # a CourseError's sentence is the last line of the log
 
 
 if __name__ == "__main__":

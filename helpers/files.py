@@ -73,8 +73,9 @@ def alone(path: Path):
         lock = FileLock(f"{path}.lock")
         lock.acquire()
     try:
-        for left in path.parent.glob(f"{path.name}.part-*"):  # of a killed writer
-            left.unlink(missing_ok=True)
+        for left in path.parent.glob(f"{path.name}.part-*"):  # of a killed writer or build, or of one whose files Windows still held
+            with suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
     finally:
         lock.release()
@@ -98,22 +99,7 @@ def building(target: Path, need_bytes: int = 0):
     if target.exists():
         yield None
         return
-    with _built(target, need_bytes) as scratch:
-        yield scratch
-
-
-@contextmanager
-def _built(target: Path, need_bytes: int):
-    from filelock import FileLock
-
-    with told(target.name):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{target}.lock")
-        lock.acquire()
-    try:
-        for left in target.parent.glob(f"{target.name}.part-*"):  # of a killed build, or of one whose files Windows still held
-            with suppress(OSError):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with alone(target):
         if target.exists():
             yield None
             return
@@ -126,5 +112,3 @@ def _built(target: Path, need_bytes: int):
         with told(target.name), tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True) as folder:
             yield Path(folder) / target.name
             os.replace(Path(folder) / target.name, target)
-    finally:
-        lock.release()

@@ -4,6 +4,8 @@ Two ways in. `execute` runs a query in this process, fast enough to score hundre
 a time limit stops a slow query between two of its steps. `Worker` (or `run_untrusted`) runs it in a process of its own,
 which can also be killed in the middle of a step, and which has no rights worth stealing. This file is that process's
 script as well, hence only the standard library and no import from the course.
+
+In this order: what is allowed, its limits and sentences; in this process; a worker as its owner sees it; the worker's own side.
 """
 
 import contextlib
@@ -393,6 +395,9 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---------------------------------------------------------------- that process's own side
 
 
 def _serve() -> None:

@@ -308,7 +308,7 @@ def test_worker_that_died_while_idle_is_replaced(db):
 
 
 def test_worker_that_dies_in_a_query_gives_a_reason(db):
-    with Worker(db, Limits(seconds=20, kill_seconds=20)) as worker:
+    with Worker(db, Limits(seconds=60, kill_seconds=2)) as worker:  # its second process is killed for its time, never stopped between two steps
         worker.run("SELECT 1")
         threading.Timer(0.3, worker._process.kill).start()
         assert reason_of(worker.run, ENDLESS + "SELECT max(n) FROM c") == "killed"
