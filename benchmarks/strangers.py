@@ -1,7 +1,7 @@
 """What strangers hand the course, tried on it: python benchmarks/strangers.py now|before [ROOT]  (`before`: another checkout of the course)
 
 The inputs are those of the tests: files of questions (tests/test_jsonl.py), adapters (tests/test_vetting.py), manifests of a kit
-(tests/test_kit.py), SQL in a learner's file, results that steer a terminal. Each is tried in a fork of its own, with 20 seconds,
+(tests/test_kit.py), README's commands (tests/test_readme.py), SQL in a learner's file, results that steer a terminal. Each is tried in a fork of its own, with 20 seconds,
 and comes to one of OUTCOMES. The counts are written into data/results/strangers.json; docs/strangers.md is made of them (`table`).
 """
 
@@ -25,6 +25,7 @@ KINDS = {  # of input, and whether it is good (then it must be right) or bad (th
     "bad manifests of a kit": "one sentence",
     "results that steer a terminal": "right",
     "results that JSON doesn't know": "right",
+    "README's commands where something is wrong": "one sentence",
 }
 
 DRIVER = """
@@ -104,6 +105,20 @@ def one(query, *arguments):
     sys.stdin = io.TextIOWrapper(io.BytesIO(b"what?\\n"))
     ask.main(list(arguments))
 """
+COMMAND = """
+import importlib
+import course.kit, course.runner, datasets, helpers.ask, helpers.doctor, peft, torch, transformers, trl
+def one(module, words, environment):
+    os.environ.update(environment)
+    sys.argv, sys.stdin = [module, *words], open(os.devnull)
+    try:
+        status = importlib.import_module("course.runner" if module == "course" else module).main()
+    except ModuleNotFoundError:
+        status = "absent"
+    except SystemExit as ended:
+        status = ended.code
+    print(f"STATUS {status}")
+"""
 
 
 def tried(code: str, root: Path, cases: list[list[str]]) -> list[tuple[str, str]]:
@@ -159,7 +174,7 @@ def adapter_folders(folder: Path):
 
 def run(root: Path) -> dict[str, dict[str, int]]:
     """Counts of outcomes by kind of input, tried on the course at `root`."""
-    from tests import test_kit
+    from tests import test_kit, test_readme
 
     counts = {kind: collections.Counter() for kind in KINDS}
 
@@ -210,6 +225,13 @@ def run(root: Path) -> dict[str, dict[str, int]]:
                 note("results that JSON doesn't know", query, "right")
             except (ValueError, IndexError, ZeroDivisionError):
                 note("results that JSON doesn't know", query, "traceback" if "Traceback" in said else "taken in silence")
+        commands = test_readme.tries(folder / "met")
+        for (module, words, *_), (status, said) in zip(commands, tried(COMMAND, root, [one[:3] for one in commands]), strict=True):
+            left = said.strip().split("STATUS ")[-1]
+            if left == "absent":  # a command that came later
+                continue
+            ended = "SAID" if left in ("1", "2") else ""
+            note("README's commands where something is wrong", " ".join([module, *words]), outcome(status, said + ended))
     return {kind: {name: counts[kind][name] for name in OUTCOMES if counts[kind][name]} for kind in KINDS}
 
 
@@ -227,7 +249,7 @@ def table(record: dict) -> str:
         "# What strangers hand the course\n\n"
         "Files, adapters, kits and queries that are damaged, mistaken or hostile, each tried in a process of its own\n"
         "(`python benchmarks/strangers.py now`). The inputs stand in the tests: tests/test_jsonl.py, tests/test_vetting.py,\n"
-        "tests/test_kit.py; tests/hostile.sql.jsonl has 293 queries that the SQL worker stood before, and stands.\n"
+        "tests/test_kit.py, tests/test_readme.py; tests/hostile.sql.jsonl has 293 queries that the SQL worker stood before, and stands.\n"
         f"Before: {record['commit']}.\n\n"
     )
     return head + "\n".join(lines) + "\n"

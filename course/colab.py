@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from course import hosted, runner
+from course import hosted, lessons, runner
 from helpers.command import status
 from helpers.files import CourseError, write_whole
 from helpers.runtime import ROOT, runs_dir, setup
@@ -149,14 +149,14 @@ def notebooks(folder: Path, **variables: str) -> None:
     for old in (content, bare):
         shutil.rmtree(old, ignore_errors=True)
     content.mkdir(parents=True)
-    for name in runner.CORE:
-        shutil.copy(runner.NOTEBOOKS / f"{name}.ipynb", content)
+    for name in lessons.CORE:
+        shutil.copy(lessons.NOTEBOOKS / f"{name}.ipynb", content)
     commit(bare, "v" + project["version"])
     argv = [str(python(folder)), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = {"argv": argv, "display_name": "replica", "language": "python"}
     write_whole(folder / "jupyter" / "kernels" / "replica" / "kernel.json", json.dumps(spec))
     redirect = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{bare.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": project["urls"]["Repository"]}
-    if runner.nbval(list(runner.CORE), content, "replica", JUPYTER_PATH=str(folder / "jupyter"), **redirect, **variables):
+    if runner.nbval(list(lessons.CORE), content, "replica", JUPYTER_PATH=str(folder / "jupyter"), **redirect, **variables):
         raise CourseError("A notebook failed there: read above.")
 
 

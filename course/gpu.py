@@ -22,7 +22,7 @@ from importlib.metadata import version
 
 import torch
 
-from course import runner
+from course import lessons, runner
 from helpers import budget, flights, menu, models, recipes, runtime
 from helpers.command import status
 from helpers.files import CourseError, write_whole
@@ -305,7 +305,7 @@ def run(no_notebooks: bool, record_table: bool = False) -> int:
     if record_table:
         record(runtime.setup(), rows := as_itself())
         return report(runtime.device().name, None, rows)
-    notebooks = None if no_notebooks else runner.nbval(runner.all_notebooks(), COURSE_PROFILE="t4")
+    notebooks = None if no_notebooks else runner.nbval(lessons.all_notebooks(), COURSE_PROFILE="t4")
     rows = as_itself()  # before `card`: from then on there is a T4's memory
     device = card()
     names = SHAPES if no_notebooks else (*SHAPES, menu.COURSE_MODEL)  # this one's weights are there by now

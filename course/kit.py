@@ -18,7 +18,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from course import colab, runner
+from course import colab, lessons, runner
 from course.hosted import NO_NETWORK, normal
 from helpers import dpo, models
 from helpers.command import status
@@ -235,7 +235,7 @@ def check() -> None:
         shutil.copytree(kit, copy)
         environment |= {"COURSE_CACHE": cache, "XDG_CACHE_HOME": cache}
         python = str(copy / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-        for what, command in {"install.py": [sys.executable, "install.py"], "the notebooks": [python, "-m", "course", "notebooks", *runner.CORE]}.items():
+        for what, command in {"install.py": [sys.executable, "install.py"], "the notebooks": [python, "-m", "course", "notebooks", *lessons.CORE]}.items():
             start = time.perf_counter()
             if subprocess.run([*offline, *command], cwd=copy, env=environment).returncode:
                 raise CourseError(f"The kit fails at {what}: read above; make kit builds it anew.")

@@ -30,9 +30,9 @@ class Problem(Exception):
     """What stops the installation, in one plain sentence that says what to do next."""
 
 
-def shown(text: str) -> str:
+def shown(text: str, most: int = 40) -> str:
     """A text of the manifest's on a screen: short, and with no control character that steers a terminal."""
-    return text[:40].encode("unicode_escape").decode("ascii")
+    return text[:most].encode("unicode_escape").decode("ascii")
 
 
 def check_machine(kit: dict) -> None:
@@ -79,16 +79,16 @@ def check_files(files: dict) -> None:
     for name, made in files.items():
         path, digest = found.pop(name, None), hashlib.sha256()
         if path is None or not stat.S_ISREG(path.lstat().st_mode):
-            raise Problem(f"kit/{name} is missing: copy the whole folder again, {AGAIN}")
+            raise Problem(f"kit/{shown(name, 200)} is missing: copy the whole folder again, {AGAIN}")
         if path.stat().st_size == made["size"]:
             with open(path, "rb") as file:
                 for block in iter(lambda file=file: file.read(1 << 20), b""):
                     digest.update(block)
         if digest.hexdigest() != made["sha256"]:
-            raise Problem(f"kit/{name} is damaged: copy the whole folder again, {AGAIN}")
+            raise Problem(f"kit/{shown(name, 200)} is damaged: copy the whole folder again, {AGAIN}")
     found.pop("manifest.json", None)
     if strangers := sorted(name for name in found if name.startswith(("wheels/", "adapters/"))):  # what could be installed or loaded
-        raise Problem(f"kit/{shown(strangers[0])} doesn't belong to this kit: remove it, or copy the whole folder again, {AGAIN}")
+        raise Problem(f"kit/{shown(strangers[0], 200)} doesn't belong to this kit: remove it, or copy the whole folder again, {AGAIN}")
 
 
 def run(what: str, *command, show: bool = False) -> None:

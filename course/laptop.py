@@ -8,7 +8,7 @@ undone (`models.load_model`); LLM.int8()'s ask torch, which says AVX2. Times are
 import re
 import sys
 
-from course import runner
+from course import lessons, runner
 from helpers.command import status
 from helpers.runtime import ROOT
 
@@ -25,7 +25,7 @@ def files() -> list[str]:
 def run() -> int:
     """The exit status: both parts are run, whatever comes of the first."""
     tests = runner.pytest(*files(), COURSE_PROFILE="laptop")
-    return runner.nbval(list(runner.CORE), COURSE_PROFILE="laptop") or tests
+    return runner.nbval(list(lessons.CORE), COURSE_PROFILE="laptop") or tests
 
 
 if __name__ == "__main__":

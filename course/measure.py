@@ -183,7 +183,10 @@ def make_starts(todo: dict[str, tuple[str, dict]]) -> None:
 
 def one(what: str, sweep: str, name: str) -> None:
     """A process of its own: runs the point of that hash and leaves its record (`point`), or trains the adapter that it starts from (`start`)."""
-    point = next(p for p in sweeps.plan()[sweep] if sweeps.key(sweep, p) == name)
+    setup()
+    point = next((p for p in sweeps.plan().get(sweep, ()) if sweeps.key(sweep, p) == name), None)
+    if point is None or what not in ("point", "start"):
+        raise CourseError(f"There is nothing to measure as {what} {sweep} {name}: make sweeps calls this; run that.")
     if what == "start":
         training.sft_adapter(point["recipe"].start)
         return
@@ -192,8 +195,7 @@ def one(what: str, sweep: str, name: str) -> None:
             write_whole(part, json.dumps(run_point(sweep, point)))
 
 
-def main(what: str, sweep: str, name: str) -> int:
-    setup()
+def main(what: str = "", sweep: str = "", name: str = "") -> int:
     return status(one, what, sweep, name)  # a CourseError's sentence is the last line of the log
 
 

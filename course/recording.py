@@ -148,11 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=["run", "hours", "check", "stale"])
     parser.add_argument("sweep", nargs="?")
     chosen = parser.parse_args(arguments)
-    setup()
     return status(command, chosen.command, chosen.sweep, left="What was finished is kept: run the same command to go on.")
 
 
 def command(what: str, only: str | None) -> int | None:
+    setup()
     if only and only not in sweeps.plan():
         raise CourseError(f"There is no sweep {only!r}: {', '.join(sweeps.plan())}.")
     if what == "check":

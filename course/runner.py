@@ -2,105 +2,20 @@
 
 import argparse
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
+from course import lessons
 from helpers.command import status
-from helpers.files import CourseError, write_whole
+from helpers.files import CourseError
 from helpers.runtime import ROOT, memory_gb, runs_dir
-
-NOTEBOOKS = ROOT / "notebooks"
-EVERY = 60  # seconds from line to line where there is no terminal that shows a live one
-CORE = ("00_start_here", "01_quantized_loading", "02_lora_injection", "03_sft_with_trl", "04_dpo")
-
-
-def clean_outputs(notebook) -> None:
-    """Leaves in stored outputs only what a reader needs: no widget debris, no machine-dependent metadata."""
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata["language_info"] = {"name": "python"}
-
-
-def progress_line(where: str, seconds: float, inside: str = "", ending: str = "") -> str:
-    """One line on a notebook that is executed: how far it is, the time gone, what the bar inside the cell says."""
-    return f"{where}  {int(seconds // 60)}:{int(seconds % 60):02d}{inside and f'  {inside}'}{ending}"
-
-
-def measured(seconds: float) -> dict:
-    """What a run took, on what kind of machine, and how fast that multiplies matrices."""
-    import torch
-
-    from helpers import times
-
-    at = asdict(times.rates())
-    kind, dtype = at.pop("kind"), at.pop("dtype")
-    rates = {name: float(f"{rate:.3g}") for name, rate in at.items()}
-    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"seconds": round(seconds), "cores": os.cpu_count(), "machine": machine, "kind": kind, "dtype": dtype, "rates": rates}
-
-
-def execute(name: str, target: Path | None = None) -> None:
-    """Executes a notebook from a fresh kernel with a live line a cell; saves it to `target` (None: in place)."""
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
-    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    cells = sum(c.cell_type == "code" for c in notebook.cells)
-    start, done, live, over = time.perf_counter(), 0, sys.stdout.isatty(), threading.Event()
-    inside = runs_dir() / "notebooks" / f"{name.replace('/', '-')}.progress"  # what a bar in the kernel says
-
-    def show(ending=""):
-        said = inside.read_text(encoding="utf-8") if inside.exists() and not ending else ""
-        line = progress_line(f"{name}  cell {done}/{cells}", time.perf_counter() - start, said, ending)
-        if live:
-            width = shutil.get_terminal_size().columns - 1
-            line = f"\r{line[:width]:{width}}"
-        print(line, end="" if live and not ending else "\n", flush=True)
-
-    def tick():
-        while not over.wait(1 if live else EVERY):
-            show()
-
-    def on_cell(**_):
-        nonlocal done
-        done += 1
-        show()
-
-    os.environ["COURSE_PROGRESS"] = "0"  # bars are for people; a stored notebook keeps none
-    quiet = ["--log-level=ERROR"]  # the kernel's own advice on encryption between it and this process
-    place = {"metadata": {"path": str((NOTEBOOKS / name).parent)}}
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3", extra_arguments=quiet, resources=place, on_cell_execute=on_cell)
-    threading.Thread(target=tick, daemon=True).start()
-    try:
-        client.execute(env=os.environ | {"COURSE_PROGRESS_FILE": str(inside)})
-    except CellExecutionError as error:
-        failed = runs_dir() / "notebooks" / f"{name}.failed.ipynb"
-        write_whole(failed, nbformat.writes(notebook))
-        raise CourseError(
-            f"{name} stopped in cell {done} of {cells} ({failed.name} under runs/notebooks/ has the rest): {str(error)[-1500:]}"
-        ) from None
-    finally:
-        over.set()
-        inside.unlink(missing_ok=True)
-    notebook.metadata["measured"] = measured(time.perf_counter() - start)  # for make timings
-    clean_outputs(notebook)
-    write_whole(target or NOTEBOOKS / f"{name}.ipynb", nbformat.writes(notebook) + "\n")
-    show("  done")
 
 
 def prepare() -> None:
@@ -118,7 +33,7 @@ def catch_up(step: str) -> None:
     """`make catch-up STEP=04`: what that notebook needs of the ones before it, found in runs/, taken from the workshop kit, or trained now."""
     from helpers import adapters, dpo
 
-    steps = [name[:2] for name in all_notebooks() if "/" not in name]
+    steps = [name[:2] for name in lessons.all_notebooks() if "/" not in name]
     step = step and step.zfill(2)  # 4 is 04
     if step not in steps:
         raise CourseError(f"There is no notebook {step!r}: STEP can be {', '.join(steps)}, as in make catch-up STEP=04.")
@@ -168,8 +83,8 @@ def run(fresh: bool) -> None:
     prepare()
     if not all(adapters.is_adapter(recipe.folder() / "adapter") for recipe, _ in dpo.main_runs().values()):  # another recipe's or no adapter: its scores would be stale
         scoreboard.scoreboard_path().unlink(missing_ok=True)
-    for name in CORE:
-        execute(name, runs_dir() / "notebooks" / f"{name}.ipynb")
+    for name in lessons.CORE:
+        lessons.execute(name, runs_dir() / "notebooks" / f"{name}.ipynb")
     exam()
     for recorded in scoreboard.recorded_rows(scoreboard.MAIN):
         scoreboard.add(recorded)
@@ -182,20 +97,16 @@ def run(fresh: bool) -> None:
 def refresh(names: list[str]) -> None:
     from helpers import times
 
+    names = lessons.known(names)
     prepare()
     times.rates()  # before anything else runs
-    for name in names or all_notebooks():
-        execute(name)
+    for name in names:
+        lessons.execute(name)
 
 
 def project() -> dict:
     """The [project] table of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def all_notebooks() -> list[str]:
-    """The lessons in order, then the solutions of their exercises, by their paths in notebooks/ without the ending."""
-    return [path.relative_to(NOTEBOOKS).with_suffix("").as_posix() for place in ("*", "solutions/*") for path in sorted(NOTEBOOKS.glob(f"{place}.ipynb"))]
 
 
 LONGEST = ("03_sft_with_trl", "04_dpo")  # take as long as all others and the unit tests; 04 goes on from what 03 has trained
@@ -217,8 +128,8 @@ def test(arguments: list[str]) -> int:
     """Unit tests with line coverage of helpers and course, and nbval (lax) over every notebook. On a CPU the two longest notebooks
     run beside all else, with half of the cores each: together they do half as much again as one program with all of them."""
     if not (half := halves()):
-        return unit(arguments) or nbval(all_notebooks())
-    others = [name for name in all_notebooks() if name not in LONGEST]
+        return unit(arguments) or nbval(lessons.all_notebooks())
+    others = [name for name in lessons.all_notebooks() if name not in LONGEST]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said, ThreadPoolExecutor(1) as beside:
         longest = beside.submit(nbval, list(LONGEST), out=said, **half)
         failed = unit(arguments, **half) + nbval(others, **half) + longest.result()
@@ -242,7 +153,7 @@ def nbval(names: list[str], place: Path | None = None, kernel: str = "python3", 
     """
     from course import deprecations
 
-    paths = [str((place or NOTEBOOKS) / f"{name}.ipynb") for name in names]
+    paths = [str((place or lessons.NOTEBOOKS) / f"{name}.ipynb") for name in names]
     options = ["--nbval-lax", f"--nbval-kernel-name={kernel}", "--nbval-cell-timeout=10800", "--durations=10", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory() as folder:
         recorder = deprecations.environment(Path(folder) / "ipython")
@@ -251,12 +162,12 @@ def nbval(names: list[str], place: Path | None = None, kernel: str = "python3", 
 
 
 def notebooks(names: list[str]) -> int:
-    return nbval(names or all_notebooks())
+    return nbval(lessons.known(names))
 
 
 def alone() -> int:
     """Each notebook by itself, with an empty runs folder."""
-    return max(nbval([name]) for name in all_notebooks())
+    return max(nbval([name]) for name in lessons.all_notebooks())
 
 
 def lock() -> None:

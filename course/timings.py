@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 import textwrap
 from dataclasses import dataclass
 
-from course.runner import NOTEBOOKS, all_notebooks
+from course.lessons import NOTEBOOKS, all_notebooks
 from helpers import times
+from helpers.command import status
 from helpers.files import CourseError, write_whole
 from helpers.runtime import ROOT
 
@@ -186,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status(main))

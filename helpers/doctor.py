@@ -5,8 +5,9 @@ import shutil
 import sys
 import time
 
+from helpers.command import status
 from helpers.files import CourseError
-from helpers.runtime import cache_dir, memory_gb, setup
+from helpers.runtime import cache_dir, memory_gb, runs_dir, setup
 
 
 def check_python() -> str:
@@ -16,9 +17,9 @@ def check_python() -> str:
 
 
 def check_disk(need_gb: float = 2.0) -> str:
-    free = shutil.disk_usage(cache_dir()).free / 1e9
+    free = min(shutil.disk_usage(place).free for place in (cache_dir(), runs_dir())) / 1e9
     if free < need_gb:
-        raise CourseError(f"{free:.1f} GB free, {need_gb:.0f} GB needed: free some disk, or set COURSE_CACHE to a larger one.")
+        raise CourseError(f"{free:.1f} GB free, {need_gb:.0f} GB needed: free some disk, or set COURSE_CACHE (model, database) and COURSE_RUNS (runs) to a larger one.")
     return f"{free:.0f} GB free"
 
 
@@ -89,8 +90,13 @@ CHECKS = {
 
 
 def main(checks=None) -> int:
+    return status(verdict, CHECKS if checks is None else checks, left="Run it again: nothing was changed.")
+
+
+def verdict(checks) -> int:
+    """Makes each check, says what it found; 0 where all are well."""
     failed = []
-    for name, check in (CHECKS if checks is None else checks).items():
+    for name, check in checks.items():
         print(f"{name:9} ", end="", flush=True)
         try:
             print(check(), flush=True)

@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 
 from helpers import jsonl, sql
-from helpers.files import CourseError, building
+from helpers.files import CourseError, building, told
 from helpers.menu import choose
 from helpers.runtime import DATA, cache_dir
 
@@ -98,6 +98,9 @@ def perturb(flights, seed: int, rows: int = 30_000):
 @functools.cache
 def _built(name: str, change) -> Path:
     target = cache_dir() / name
+    if target.is_file() and not _is_whole(target):
+        with told(target.name):
+            target.unlink()
     with building(target, need_bytes=150_000_000) as scratch:
         if scratch is not None:
             import pandas as pd
@@ -109,6 +112,14 @@ def _built(name: str, change) -> Path:
                     frame.to_sql(table, connection, index=False)
                 connection.commit()
     return target
+
+
+def _is_whole(database: Path) -> bool:
+    """Whether a SQLite file is as long as its header says (SQLite's file format, 1.3): a copy that broke off is not."""
+    with open(database, "rb") as file:
+        head = file.read(100)
+    size = int.from_bytes(head[16:18], "big")  # of a page, in bytes; 1 is 65,536
+    return head[:16] == b"SQLite format 3\0" and database.stat().st_size == (65536 if size == 1 else size) * int.from_bytes(head[28:32], "big")
 
 
 # ---------------------------------------------------------------- the questions

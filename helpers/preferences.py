@@ -20,6 +20,7 @@ import sqlglot
 from sqlglot import exp
 
 from helpers import adapters, dpo, flights, generation, house, intervals, models, scoring, sql, training
+from helpers.command import status
 from helpers.files import write_whole
 from helpers.house import share
 from helpers.runtime import setup
@@ -164,9 +165,12 @@ def problems() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.preferences", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["make", "check"])
-    chosen = parser.parse_args()
+    return status(command, parser.parse_args().command)
+
+
+def command(what: str) -> int:
     setup(SEED)
-    if chosen.command == "check":
+    if what == "check":
         found = problems()
         print("\n".join(found) or "every pair is as it says")
         return bool(found)

@@ -5,7 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from helpers import dense, losses
+from helpers import dense, losses, vetting
 from helpers.adapters import export_adapter, have_adapter, is_adapter
 from helpers.files import CourseError, write_whole
 from helpers.models import load_model, load_tokenizer
@@ -216,6 +216,7 @@ def finish(trainer) -> dict:
     folder = Path(trainer.args.output_dir)
     done = folder / "history.json"
     if done.exists() and is_adapter(folder / "adapter"):
+        vetting.check(folder / "adapter")
         print("This very recipe was trained before: its adapter is loaded. Delete runs/ (or make course FRESH=1) to train again.")
         set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         return json.loads(done.read_text(encoding="utf-8"))

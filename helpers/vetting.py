@@ -70,15 +70,17 @@ FIELDS = {
 def check(folder: Path) -> dict:
     """The config of the adapter in a folder that may be loaded on COURSE_MODEL's model. CourseError: why not, in one sentence."""
     folder = Path(folder)
+    name = f"{folder.parent.name}/{folder.name}" if folder.name == "adapter" and folder.parent.name else folder.name  # a run's: the run tells it apart
     try:
         _check_files(folder)
         config = _config(folder / CONFIG)
         _check_weights(folder / WEIGHTS, config)
         return config
     except Refused as reason:
-        raise CourseError(f"The adapter {folder.name}/ was not loaded: {reason}. Nothing of it was used; ask whoever made it for another, or train your own.") from None
+        then = "Nothing of it was used; ask whoever made it for another, or train your own (where it stands in runs/, remove its folder first)."
+        raise CourseError(f"The adapter {name}/ was not loaded: {reason}. {then}") from None
     except OSError as error:
-        raise CourseError(f"The adapter {folder.name}/ can't be read ({error.strerror}): check the path.") from None
+        raise CourseError(f"The adapter {name}/ can't be read ({error.strerror}): check the path.") from None
 
 
 def _check_files(folder: Path) -> None:

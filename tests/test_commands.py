@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from course import measure, recording, runner, sweeps
+from course import lessons, measure, recording, sweeps
 from helpers import ask, baselines, doctor, flights, generation, scoreboard
 from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
@@ -420,23 +420,23 @@ def test_nearest_question_and_shots():
 
 
 def test_the_live_line_has_what_the_bar_inside_says():
-    assert runner.progress_line("03  cell 12/40", 75.9) == "03  cell 12/40  1:15"
+    assert lessons.progress_line("03  cell 12/40", 75.9) == "03  cell 12/40  1:15"
     inside = "training 120/440, 04:10 left, loss=0.310"
-    assert runner.progress_line("03  cell 12/40", 75.9, inside) == f"03  cell 12/40  1:15  {inside}"
-    assert runner.progress_line("03  cell 40/40", 600, ending="  done") == "03  cell 40/40  10:00  done"
+    assert lessons.progress_line("03  cell 12/40", 75.9, inside) == f"03  cell 12/40  1:15  {inside}"
+    assert lessons.progress_line("03  cell 40/40", 600, ending="  done") == "03  cell 40/40  10:00  done"
 
 
 def test_bars_inside_a_notebook_reach_the_terminal_and_no_output(tmp_path, monkeypatch, capsys):
     """A real kernel with a bar of four: while it runs the file is read, and the stored notebook has only what was printed."""
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(runner, "measured", lambda seconds: {"seconds": 1})
-    monkeypatch.setattr(runner, "EVERY", 0.2)
+    monkeypatch.setattr(lessons, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(lessons, "measured", lambda seconds: {"seconds": 1})
+    monkeypatch.setattr(lessons, "EVERY", 0.2)
     source = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom helpers.runtime import progress_bar\n"
     source += "with progress_bar(4, 'sampling') as bar:\n    time.sleep(1)\nprint('over')"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbformat.write(notebook, tmp_path / "tiny.ipynb")
-    runner.execute("tiny")
+    lessons.execute("tiny")
     seen = capsys.readouterr().out
     assert re.search(r"tiny  cell 1/1  0:\d\d  sampling 0/4, \? left\n", seen) and re.search(r"tiny  cell 1/1  0:\d\d  done\n$", seen)
     (cell,) = nbformat.read(tmp_path / "tiny.ipynb", as_version=4).cells

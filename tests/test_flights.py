@@ -32,6 +32,20 @@ def test_database_is_the_real_one():
     ]
 
 
+def test_a_database_that_broke_off_is_made_again(tmp_path, monkeypatch):
+    whole = flights.database_path()
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
+    for content in (b"", b"hello", b"SQLite format 3\0", whole.read_bytes()[:1_000_000]):
+        (tmp_path / whole.name).write_bytes(content)
+        assert not flights._is_whole(tmp_path / whole.name)
+    flights._built.cache_clear()
+    try:
+        assert flights.database_path() == tmp_path / whole.name
+    finally:
+        flights._built.cache_clear()
+    assert flights._is_whole(tmp_path / whole.name) and (tmp_path / whole.name).stat().st_size == whole.stat().st_size
+
+
 def test_perturbed_instances_differ_but_keep_what_belongs_together():
     counts = set()
     for path in flights.perturbed_paths():

@@ -351,7 +351,7 @@ def test_the_whole_command(monkeypatch, cpu, capsys):
         return check(gpu.SHAPES[0], "cpu", float16(), T4) | {"model": name}
 
     assert gpu.main([]) == 0
-    assert cpu == [(gpu.runner.all_notebooks(), {"COURSE_PROFILE": "t4"})] and trained == [menu.COURSE_MODEL]
+    assert cpu == [(gpu.lessons.all_notebooks(), {"COURSE_PROFILE": "t4"})] and trained == [menu.COURSE_MODEL]
     out = capsys.readouterr().out
     assert "a CPU: notebooks passed" in out and "1 x 32, checkpointing" in out and all(name in out for name in (*gpu.SHAPES, menu.COURSE_MODEL))
     text = (runs_dir() / "gpu-check.json").read_text(encoding="utf-8")

@@ -14,8 +14,10 @@ import types
 import zipfile
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from course import kit, runner
+from course import kit, kit_install, lessons, runner
 from helpers import adapters, dpo, flights, models, recipes, times, training
 from helpers.files import CourseError
 from helpers.runtime import ROOT, runs_dir
@@ -174,7 +176,7 @@ def test_an_interrupted_copy_leaves_nothing(workshop, trained, monkeypatch):
     ("step", "stages"), [("00", []), ("03", []), ("04", ["sft"]), ("4", ["sft"]), ("05", ["sft", "dpo"]), ("06", ["sft", "dpo"])], ids=str
 )
 def test_catch_up_makes_what_a_notebook_needs(step, stages, prepared, trained, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "all_notebooks", lambda: [*runner.CORE, "05_next", "06_last"])
+    monkeypatch.setattr(lessons, "all_notebooks", lambda: [*lessons.CORE, "05_next", "06_last"])
     monkeypatch.setattr(dpo, "setup", lambda: None)
     monkeypatch.setattr(times, "seconds", lambda work: 3 * work.steps)
     runner.catch_up(step)
@@ -207,7 +209,7 @@ def test_catch_up_takes_from_the_kit_first(workshop, prepared, trained, capsys):
 @pytest.mark.parametrize("step", ["99", "", "dpo", "-1", "04_dpo"])
 def test_a_wrong_step_is_told_the_right_ones(step, monkeypatch):
     monkeypatch.setattr(runner, "prepare", lambda: pytest.fail("prepared"))
-    monkeypatch.setattr(runner, "all_notebooks", lambda: ["00_start_here", "01_quantized_loading"])
+    monkeypatch.setattr(lessons, "all_notebooks", lambda: ["00_start_here", "01_quantized_loading"])
     with pytest.raises(CourseError, match=r"^There is no notebook '.*': STEP can be 00, 01, as in make catch-up STEP=04.$"):
         runner.catch_up(step)
 
@@ -472,6 +474,45 @@ def test_install_reads_nothing_outside_and_takes_no_stranger(tiny, change, says)
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr and "\x1b" not in done.stderr and not (tiny / ".venv").exists()
 
 
+NAME = st.sampled_from(["wheels/a.whl", "manifest.json", "../out", "/etc/passwd", "a/../../b", "C:\\x", "wheels//a", "", ".", "\x1b[2J", "\ud800", "a" * 5000]) | st.text(max_size=8)
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just("0" * 64),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3) | st.sampled_from(["sha256", "size"]), inside, max_size=3),
+    max_leaves=6,
+)
+FILE = st.fixed_dictionaries({"sha256": st.just("0" * 64) | VALUE, "size": st.integers(-1, 10**30) | VALUE})
+MANIFEST = VALUE | st.fixed_dictionaries(
+    {"python": st.just("3.11") | VALUE, "machine": st.just("Linux x86_64") | VALUE, "files": VALUE | st.dictionaries(NAME, FILE | VALUE, max_size=3)}
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(manifest=MANIFEST, damage=st.none() | st.tuples(st.integers(0, 200), st.binary(max_size=3)))
+def test_any_manifest_is_read_or_refused_in_one_sentence(tmp_path, monkeypatch, manifest, damage):
+    place = tmp_path / "kit"
+    monkeypatch.setattr(kit_install, "KIT", place)
+    adapter = place / "adapters" / SFT.folder().name / "adapter"
+    adapter.mkdir(parents=True, exist_ok=True)
+    raw = json.dumps(manifest).encode()
+    (place / "manifest.json").write_bytes(raw[: damage[0]] + damage[1] + raw[damage[0] :] if damage else raw)
+    said = set()
+    try:
+        found = kit_install.read_manifest()
+        assert all((place / name).resolve().is_relative_to(place.resolve()) for name in found["files"])
+        for looked_at in (lambda: kit_install.check_machine(found), lambda: kit_install.check_files(found["files"])):
+            try:
+                looked_at()
+            except kit_install.Problem as problem:
+                said.add(str(problem))
+    except kit_install.Problem as problem:
+        said.add(str(problem))
+    monkeypatch.setenv("COURSE_KIT", str(place))
+    with pytest.raises(CourseError, match="is damaged: copy the kit again"):
+        adapters.have_adapter(SFT.folder() / "adapter")
+    assert said and all(text.isprintable() for text in said)
+
+
 def test_what_a_manifest_says_of_its_machine_steers_no_terminal(tiny):
     for field in ("python", "machine"):
         kit.manifest(tiny / "kit", **HERE | {field: "\x1b[2J" + "x" * 500})
@@ -582,7 +623,7 @@ def test_the_check_installs_a_copy_and_runs_the_core_notebooks(fails, small, tra
         kit.check()
     assert calls[0] == ["offline", sys.executable, "install.py"]
     if fails != "install.py":
-        assert calls[1][0] == "offline" and calls[1][2:] == ["-m", "course", "notebooks", *runner.CORE]
+        assert calls[1][0] == "offline" and calls[1][2:] == ["-m", "course", "notebooks", *lessons.CORE]
     assert ("kit: the notebooks took 0.0 minutes with networking off" in capsys.readouterr().out) == (not fails)
 
 

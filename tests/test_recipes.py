@@ -286,3 +286,6 @@ def test_a_finished_recipe_is_not_trained_again(tmp_path, capsys):
     assert "trained before" in capsys.readouterr().out
     for a, b in zip(training.trainable_state(built.model).values(), training.trainable_state(again.model).values(), strict=True):
         assert a.equal(b)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"half of it")
+    with pytest.raises(CourseError, match=rf"^The adapter {tmp_path.name}/adapter/ was not loaded: .*remove its folder first"):
+        training.finish(again)

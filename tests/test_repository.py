@@ -9,7 +9,7 @@ import tomllib
 import nbformat
 import pytest
 
-from course import colab, gpu, kit, runner
+from course import colab, gpu, kit, lessons, runner
 from helpers import runtime
 from helpers.command import status as ending
 from helpers.files import CourseError
@@ -203,9 +203,9 @@ def write_notebook(folder, *cells):
 
 @pytest.mark.slow
 def test_execute_shows_cells_and_keeps_a_clean_copy(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(lessons, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1 + 1", "print('hi')")
-    runner.execute("small", tmp_path / "out" / "small.ipynb")
+    lessons.execute("small", tmp_path / "out" / "small.ipynb")
     shown = capsys.readouterr().out
     assert "small  cell 1/2  0:" in shown and "small  cell 2/2  0:" in shown and "done" in shown
     kept = nbformat.read(tmp_path / "out" / "small.ipynb", as_version=4)
@@ -216,10 +216,10 @@ def test_execute_shows_cells_and_keeps_a_clean_copy(tmp_path, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_rest_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(lessons, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1", "1 / 0", "2")
     with pytest.raises(CourseError, match="small stopped in cell 2 of 3") as error:
-        runner.execute("small")
+        lessons.execute("small")
     assert "ZeroDivisionError" in str(error.value)
     assert (runner.runs_dir() / "notebooks" / "small.failed.ipynb").exists()
 
@@ -234,7 +234,7 @@ def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monk
         asked.append(len(questions))
         return [q["sql"] for q in questions], 1.0
 
-    monkeypatch.setattr(runner, "execute", lambda name, target: executed.append(name))
+    monkeypatch.setattr(lessons, "execute", lambda name, target: executed.append(name))
     monkeypatch.setattr(adapters, "load_adapter", lambda folder: None)
     monkeypatch.setattr(models, "load_tokenizer", lambda: None)
     monkeypatch.setattr(generation, "ask", ask)
@@ -243,7 +243,7 @@ def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monk
     monkeypatch.setattr(training, "sft_adapter", lambda recipe: folders[0])
     monkeypatch.setattr(dpo, "adapter", lambda recipe: folders[1])
     runner.run(fresh=False)
-    assert executed == list(runner.CORE) and asked == [382, 69] * 2
+    assert executed == list(lessons.CORE) and asked == [382, 69] * 2
     live = {(r["stage"], r["split"]): r["correct"] for r in scoreboard.rows() if r["source"] == "live"}
     assert live == {(stage, split): n for stage in ("sft", "dpo") for split, n in (("test", 382), ("freeform", 69))}
     assert {r["stage"] for r in scoreboard.rows() if r["source"] == "recorded"} == set(scoreboard.STAGES)
@@ -257,9 +257,9 @@ def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monk
 
 @pytest.mark.slow
 def test_nbval_tells_a_notebook_that_reproduces_from_one_that_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(lessons, "NOTEBOOKS", tmp_path)
     write_notebook(tmp_path, "1 + 1")
-    runner.execute("small")
+    lessons.execute("small")
     notebook = nbformat.read(tmp_path / "small.ipynb", as_version=4)
     notebook.cells[0].metadata["tags"] = ["nbval-check-output"]
     nbformat.write(notebook, tmp_path / "small.ipynb")

@@ -251,7 +251,7 @@ def test_a_folder_named_as_on_the_hub_is_not_looked_for_there(tmp_path, monkeypa
     (tmp_path / "team" / "adapter").mkdir(parents=True)
     (tmp_path / "team" / "adapter" / vetting.CONFIG).write_text("{}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CourseError, match="^The adapter adapter/ was not loaded: adapter_model.safetensors is missing"):
+    with pytest.raises(CourseError, match="^The adapter team/adapter/ was not loaded: adapter_model.safetensors is missing"):
         adapters.load_adapter("team/adapter")
 
 
