@@ -39,7 +39,7 @@ def load_adapter(folder: Path, bits: int = 4, dtype=None, trainable: bool = Fals
     """
     from peft import PeftModel
 
-    if not is_adapter(folder):
+    if not (Path(folder) / vetting.CONFIG).exists():
         raise CourseError(f"There is no adapter in {Path(folder).name}/: training.sft_adapter() and dpo.adapter() train theirs when missing.")
     vetting.check(folder)
     model = PeftModel.from_pretrained(load_model(bits, dtype), folder, is_trainable=trainable).train(trainable)
@@ -58,8 +58,8 @@ def merge(model):
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether an exported adapter stands in a folder."""
-    return (Path(folder) / vetting.CONFIG).exists()
+    """Whether an exported adapter stands in a folder, both of its files."""
+    return all((Path(folder) / name).exists() for name in (vetting.CONFIG, vetting.WEIGHTS))
 
 
 def have_adapter(folder: Path) -> bool:
@@ -67,7 +67,7 @@ def have_adapter(folder: Path) -> bool:
 
     A kit has a folder for each recipe: another recipe's is never taken. CourseError where a copied byte differs from the manifest.
     """
-    kit, run = Path(os.environ.get("COURSE_KIT") or ROOT / "kit").expanduser(), f"adapters/{folder.parent.name}/adapter/"
+    kit, run = ROOT / Path(os.environ.get("COURSE_KIT") or "kit").expanduser(), f"adapters/{folder.parent.name}/adapter/"
     if (kit / run).is_dir() and not folder.exists():
         damaged = CourseError(f"The kit's copy of {folder.parent.name} is damaged: copy the kit again, or remove {kit / run}.")
         listed = {name: digest for name, digest in _listed(kit / "manifest.json").items() if name.startswith(run)}

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from helpers import adapters, flights, losses, times, training
+from helpers import adapters, flights, losses, runs, times, training
 from helpers.files import CourseError
 from helpers.models import load_tokenizer
 from helpers.recipes import SFTRecipe
@@ -47,15 +47,21 @@ class DPORecipe:
 def load_pairs(source: str | Path = "style") -> list[dict]:
     """Pairs by the name of a committed set, or from your own JSON Lines file: `prompt`, `chosen`, `rejected`, each a text.
 
-    Read whole or not at all: each bad line is named with its number and remedy (CourseError). Equal sides are refused.
+    Read whole or not at all: each bad line is named with its number and remedy (CourseError). Equal sides are refused, and a pair that
+    comes twice or beside its reverse; a prompt may come more than once.
     """
 
     def check(row):
         if row["chosen"].strip() == row["rejected"].strip():
             raise CourseError("fields 'chosen' and 'rejected' are the same text: there is nothing to prefer; remove the line")
 
+    def same(row):
+        prompt, chosen, rejected = (row[name].strip() for name in ("prompt", "chosen", "rejected"))
+        twice = {(prompt, chosen, rejected): "the same pair as line {}; remove one of them"}
+        return (prompt, chosen, rejected), twice | {(prompt, rejected, chosen): "the reverse of line {}, which prefers the other side; keep one of them"}
+
     path = PREFERENCES / f"{source}.jsonl" if source in CONSTRUCTIONS else source
-    return flights.read_jsonl(path, ("prompt", "chosen", "rejected"), check=check)
+    return flights.read_jsonl(path, ("prompt", "chosen", "rejected"), check=check, same=same)
 
 
 # ---------------------------------------------------------------- log-probabilities
@@ -140,6 +146,7 @@ def dpo_config(recipe: DPORecipe, folder: Path, **changes):
     """TRL's settings for the recipe on this machine; what isn't named is TRL's default."""
     from trl import DPOConfig
 
+    changes = training.honoured(changes)
     settings = {
         "beta": recipe.beta,
         "loss_type": ["sigmoid", "sft"] if recipe.sft_weight else ["sigmoid"],
@@ -206,12 +213,14 @@ def make_trainer(recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None =
 
     if recipe.method not in ("dpo", "sft"):
         raise CourseError(f"Unknown method {recipe.method!r}: dpo or sft.")
+    if changes.get("label_smoothing_factor"):
+        raise CourseError("DPO doesn't know label_smoothing_factor: its own is called label_smoothing (conservative DPO).")
+    folder = folder or runs.folder_for(recipe, pairs, changes)
     pairs = load_pairs(recipe.pairs) if pairs is None else pairs
     if len(pairs) <= PROBE:
         raise CourseError(f"{len(pairs)} pairs are too few: {PROBE} of them are kept aside to be watched. Make more.")
     check_lengths(pairs, tokenizer, recipe.max_length)
     learnt, probe = pairs[:-PROBE], pairs[-PROBE:]
-    folder = folder or recipe.folder()
     model.train()  # the probe before the first step would else pack 4-bit weights (see `training.check_unpacked`)
     if recipe.method == "sft":
         control = replace(recipe.start, learning_rate=recipe.learning_rate, steps=recipe.steps, batch_size=recipe.batch_size, seed=recipe.seed)
@@ -227,6 +236,7 @@ def make_trainer(recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None =
         trainer = kind(model=model, args=dpo_config(recipe, folder, **changes), train_dataset=pair_set(learnt), processing_class=tokenizer)
         training.restore_float32(trainer.model, trained)
         training.start_scaler_low(trainer)
+        trainer.starts_from = runs.digest(trained)
     trainer.add_callback(watch(tokenizer, probe))
     return trainer
 

@@ -10,6 +10,7 @@ import sqlite3
 from pathlib import Path
 
 from helpers import jsonl, sql
+from helpers.extract import extract_sql
 from helpers.files import CourseError, building, told
 from helpers.menu import choose
 from helpers.runtime import DATA, cache_dir
@@ -125,13 +126,20 @@ def _is_whole(database: Path) -> bool:
 # ---------------------------------------------------------------- the questions
 
 
-def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False, check=None) -> list[dict]:
+def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False, check=None, same=None) -> list[dict]:
     """Reads JSON Lines whole or not at all (`jsonl.read`): every problem is listed with file, line, field and remedy (CourseError).
 
-    With `check_sql`, each `sql` is run: in a process of its own, since anyone may have written it, read-only and bounded. A
-    `check` of your own is called with each row and raises CourseError.
+    With `check_sql`, each `sql` is run: in a process of its own, since anyone may have written it, read-only and bounded; and it must be
+    one that the scorer would read whole in an answer. A `check` of your own is called with each row and raises CourseError; `same` says
+    which rows may not stand together (`jsonl.read`).
     """
     with sql.Worker(database_path()) if check_sql else contextlib.nullcontext() as worker:
+
+        def looked_at(row):
+            if check_sql:
+                check_readable(row["sql"])
+            if check:
+                check(row)
 
         def run(row):
             if row["sql"] != REFUSAL:
@@ -140,7 +148,18 @@ def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool =
                 except sql.SqlError as error:
                     raise CourseError(f"field 'sql' doesn't run: {error}") from None
 
-        return jsonl.read(path, required, check, run if check_sql else None)
+        return jsonl.read(path, required, looked_at, run if check_sql else None, same=same)
+
+
+def check_readable(query: str) -> None:
+    """CourseError for a reference that could not be answered: a refusal in other letters, or SQL of which `extract_sql` reads a part."""
+    letters = re.sub(r"[^a-z]", "", query.lower())
+    if query.strip() != REFUSAL and letters == re.sub(r"[^a-z]", "", REFUSAL.lower()):
+        raise CourseError(f"field 'sql' is the refusal in other letters; write it so: {REFUSAL}")
+    read, whole = extract_sql(query), query.strip().rstrip(";").strip()
+    if query.strip() != REFUSAL and read != whole:
+        reads = f"only {read[:60]!r}" if read else "nothing"
+        raise CourseError(f"field 'sql': of an answer like this the scorer reads {reads}; begin with SELECT or WITH, without blank lines or a semicolon inside")
 
 
 def load_questions(split: str | Path, half: str | None = None):
@@ -158,13 +177,13 @@ def load_questions(split: str | Path, half: str | None = None):
 
 
 def subset(questions, n: int = 100, seed: int = 0):
-    """A fixed sample of n questions, as even over the intents as it goes (every notebook scores on the same one)."""
+    """A fixed sample of n questions, as even over the intents, where they have such, as it goes (every notebook scores on the same one)."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
     queues: dict[str, list[int]] = {}
     for i in rng.permutation(len(questions)):
-        queues.setdefault(questions[int(i)]["intent"], []).append(int(i))
+        queues.setdefault(questions[int(i)].get("intent") or "", []).append(int(i))
     rounds = itertools.zip_longest(*(queues[intent][::-1] for intent in sorted(queues)))  # one of each intent, then again
     chosen = [i for turn in rounds for i in turn if i is not None]
     return questions.select(sorted(chosen[:n]))

@@ -10,13 +10,14 @@ from helpers.extract import ENDS, complete
 from helpers.flights import SYSTEM_PROMPT, chat
 from helpers.runtime import progress_bar
 
+LONGEST, ROOM = 96, 16  # tokens of an answer; of one to a question whose reference is longer: those beyond the reference's
 ROWS = 128  # at most at once
 CACHE_BYTES = 1e9  # of keys and values at once on a CPU; on a GPU half of what is free
 READ_TOKENS = 2048  # of prompts at once: more only takes memory
 
 
 def generate(
-    model, tokenizer, conversations, max_new_tokens: int = 96, batch_size: int | None = None, progress: str = "", temperature: float = 0, stop=None, stop_at=""
+    model, tokenizer, conversations, max_new_tokens: int = LONGEST, batch_size: int | None = None, progress: str = "", temperature: float = 0, stop=None, stop_at=""
 ) -> list[str]:
     """Answers to a list of chats (each a list of messages), in the order asked: greedy, or sampled at a `temperature`.
 
@@ -165,7 +166,11 @@ class _Run:
 
 
 def ask(model, tokenizer, questions, system: str = SYSTEM_PROMPT, shots=None, progress: str = "", **kwargs) -> tuple[list[str], float]:
-    """Answers to a split's questions and the seconds it took. `shots` maps a question to its few-shot rows."""
+    """Answers to a split's questions and the seconds it took. `shots` maps a question to its few-shot rows.
+
+    An answer may have `LONGEST` tokens, and more where a reference has (`max_new_tokens` says otherwise).
+    """
     start = time.perf_counter()
+    kwargs.setdefault("max_new_tokens", max([LONGEST, *(len(tokenizer(sql)["input_ids"]) + ROOM for q in questions if len(sql := q.get("sql") or "") > LONGEST)]))
     chats = [chat(q["question"], system, shots(q["question"]) if shots else ()) for q in questions]
     return generate(model, tokenizer, chats, progress=progress, stop=complete, stop_at=ENDS, **kwargs), time.perf_counter() - start

@@ -22,20 +22,30 @@ FOREIGN = {  # other formats, told by their fields
 }
 
 
+TEMPLATE = re.compile(r"<\|\w{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>|</?s>")  # marks of the common families' chat templates
+
+
 class Problem(Exception):
     """What is wrong with one line, and the remedy."""
 
 
-def read(path: str | Path, required: tuple[str, ...], check=None, slow_check=None, seconds: float = CHECK_SECONDS) -> list[dict]:
+def same_question(row: dict) -> tuple[str, dict]:
+    """What two rows with a question may not share, and what is said of it."""
+    key = row["question"].strip().lower()
+    return key, {key: "field 'question': the same question as line {}; remove one of them"}
+
+
+def read(path: str | Path, required: tuple[str, ...], check=None, slow_check=None, seconds: float = CHECK_SECONDS, same=None) -> list[dict]:
     """The rows of a JSON Lines file: the `required` fields, non-empty texts, and those of `OPTIONAL` that a row has (others None).
 
-    Raises one CourseError for all that is wrong, with file, line, field and remedy. Of the field "question" none may come twice
-    (spaces around it and case aside). CRLF line ends and a byte-order mark, which Windows editors write, are read as if they
+    Raises one CourseError for all that is wrong, with file, line, field and remedy. `same` gives a row's key, and the keys of earlier
+    rows that it may not stand beside, each with what is said of it (None: no question comes twice, spaces around it and case aside). CRLF line ends and a byte-order mark, which Windows editors write, are read as if they
     weren't there. Fields that the course doesn't know are left out, and that is said. `check` is called with each row and
     raises a CourseError; so is `slow_check`, in a file that is otherwise good: all its calls together may take `seconds`, with a bar.
     """
     path = Path(path)
-    rows, problems, ignored = _parse(path, required, check)
+    same = same or (same_question if "question" in required else lambda row: (None, {}))
+    rows, problems, ignored = _parse(path, required, check, same)
     if slow_check and not problems:
         _check(rows, slow_check, seconds, problems)
     if problems:
@@ -49,7 +59,7 @@ def read(path: str | Path, required: tuple[str, ...], check=None, slow_check=Non
     return [{name: row.get(name) for name in [*order, *(n for n in names if n not in order)]} for _, row in rows]
 
 
-def _parse(path: Path, required, check) -> tuple[list[tuple[int, dict]], list[tuple[int, str]], set[str]]:
+def _parse(path: Path, required, check, same) -> tuple[list[tuple[int, dict]], list[tuple[int, str]], set[str]]:
     """Rows and problems, each with its line's number, and the names of fields that are left out."""
     rows, problems, seen, ignored = [], [], {}, set()
     try:
@@ -68,9 +78,11 @@ def _parse(path: Path, required, check) -> tuple[list[tuple[int, dict]], list[tu
                 try:
                     row = _row(raw, required, path.name)
                     ignored |= row.keys() - OPTIONAL.keys() - set(required)
-                    question = row["question"].strip().lower() if "question" in required else ""
-                    if question and seen.setdefault(question, number) != number:
-                        raise Problem(f"field 'question': the same question as line {seen[question]}; remove one of them")
+                    key, others = same(row)
+                    for other, said in others.items():
+                        if other in seen:
+                            raise Problem(said.format(seen[other]))
+                    seen[key] = number
                     row = {name: value for name, value in row.items() if name in OPTIONAL or name in required}
                     if check:
                         check(row)
@@ -151,6 +163,9 @@ def _row(raw: bytes, required, name: str) -> dict:
         _check_text(field, row[field])
         if not row[field].strip():
             raise Problem(f"field {field!r} is empty; fill it in or remove the line")
+        if mark := TEMPLATE.search(row[field]):
+            raise Problem(f"field {field!r} holds {mark[0]!r}, a mark of a chat template; write the text alone: the template is put around it later")
+    _check_repeats(row, required[0], required[1:])
     for field, kind in OPTIONAL.items():
         if field in required or row.get(field) is None:
             continue
@@ -161,6 +176,13 @@ def _row(raw: bytes, required, name: str) -> dict:
         elif not isinstance(row[field], kind):
             raise Problem(f"field {field!r} is {_kind(row[field])}; write true or false, without quotes, or leave the field out")
     return row
+
+
+def _check_repeats(row: dict, first: str, answers: tuple[str, ...]) -> None:
+    """Problem where every answer begins with what was asked: then the model would learn to repeat it."""
+    if all(row[answer].strip().startswith(row[first].strip()) for answer in answers):
+        what = f"field {answers[0]!r} begins" if len(answers) == 1 else f"fields {' and '.join(map(repr, answers))} begin"
+        raise Problem(f"{what} with the text of {first!r}; leave that out of the answer")
 
 
 def _check_text(field: str, value) -> None:

@@ -48,6 +48,8 @@ def training_rows(recipe: SFTRecipe, rows=None) -> list[dict]:
     """The rows that the recipe trains on, chosen by its seed: some phrasings of each intent, then some examples."""
     rows = list(flights.load_questions("train") if rows is None else rows)
     rng = random.Random(recipe.seed)
+    if recipe.phrasings and not all(row.get("intent") and row.get("phrasing") for row in rows):
+        raise CourseError("The recipe keeps some phrasings of each intent, and these rows don't all have the fields intent and phrasing: leave `phrasings` out, or write them.")
     if recipe.phrasings:
         by_intent: dict[str, dict[str, None]] = {}  # the inner dict as a set that keeps its order
         for row in rows:

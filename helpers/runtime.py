@@ -32,8 +32,9 @@ def runs_dir() -> Path:
 
 
 def _folder(variable: str, default: str | Path) -> Path:
-    """The folder that an environment variable names, or the default; made if it isn't there."""
-    return make_folder(Path(os.environ.get(variable) or default).expanduser())
+    """The folder that an environment variable names, or the default; made if it isn't there. A relative one is the same for a terminal
+    and for a notebook, whose own folder is another: it begins at the course's."""
+    return make_folder(ROOT / Path(os.environ.get(variable) or default).expanduser())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from helpers import dense, losses, vetting
+from helpers import dense, flights, losses, runs
 from helpers.adapters import export_adapter, have_adapter, is_adapter
 from helpers.files import CourseError, write_whole
 from helpers.models import load_model, load_tokenizer
@@ -53,10 +53,36 @@ def common_settings(recipe, folder: Path) -> dict:
     } | device().flags
 
 
+def check_lengths(rows: list[dict], tokenizer, max_length: int) -> None:
+    """CourseError that names each row which doesn't fit: TRL would cut the end off its answer, end of turn included, in silence."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        if len(row["question"].encode()) + len(row["sql"].encode()) < max_length - 100:  # a token has a byte at least; a template has its own
+            continue
+        turns = [turn for side in flights.prompt_completion(row).values() for turn in side]
+        if (tokens := len(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"])) > max_length:
+            found.append(f"row {number} has {tokens} tokens ({row['question'][:40]!r})")
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CourseError(f"{', '.join(found[:5])}{more}; max_length is {max_length}. Shorten these rows, or raise max_length in the recipe.")
+
+
+# Settings that the course's own trainer on a CPU doesn't know, and their usual values: with another one TRL's own is taken.
+USUAL = {"label_smoothing_factor": 0, "loss_type": "nll", "neftune_noise_alpha": None}
+
+
+def honoured(changes: dict) -> dict:
+    """A caller's own settings as a trainer takes them: epochs stand in place of the recipe's steps. CourseError for what can't be had here."""
+    if changes.get("packing") or changes.get("padding_free"):
+        raise CourseError("packing and padding_free put several examples into one row, where without FlashAttention each would see the others: leave them out.")
+    return ({"max_steps": -1} if "num_train_epochs" in changes else {}) | changes
+
+
 def sft_config(recipe: SFTRecipe, folder: Path, **changes):
     """TRL's settings for the recipe on this machine."""
     from trl import SFTConfig
 
+    changes = honoured(changes)
     settings = {
         "lr_scheduler_type": recipe.scheduler,
         "warmup_steps": recipe.warmup_steps,
@@ -88,15 +114,19 @@ def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | 
     seed_everything(recipe.seed)
     trained = trainable_state(model) if hasattr(model, "peft_config") else None  # an adapter that goes on from where it was
     model.set_attn_implementation(device().attention)
-    trainer = (losses.cpu_trainer_class() if device().course_loss else SFTTrainer)(
+    chosen, config = training_rows(recipe, rows), sft_config(recipe, folder or runs.folder_for(recipe, rows, changes), **changes)
+    check_lengths(chosen, tokenizer, config.max_length)
+    usual = all(getattr(config, name) == value for name, value in USUAL.items())
+    trainer = (losses.cpu_trainer_class() if device().course_loss and usual else SFTTrainer)(
         model=model,
-        args=sft_config(recipe, folder or recipe.folder(), **changes),
-        train_dataset=training_set(training_rows(recipe, rows)),
+        args=config,
+        train_dataset=training_set(chosen),
         processing_class=tokenizer,
         peft_config=None if hasattr(model, "peft_config") else peft_config(recipe),
     )
     restore_float32(trainer.model, trained)
     start_scaler_low(trainer)
+    trainer.starts_from = trained and runs.digest(trained)
     return trainer
 
 
@@ -165,7 +195,7 @@ def _is_whole(checkpoint: Path) -> bool:
 def fit(trainer, resume: bool = True) -> dict:
     """Trains, going on from the last whole checkpoint in the trainer's folder; returns history and seconds.
 
-    An interrupt (Ctrl-C, the stop button), memory that runs out and a disk that fills up leave the last checkpoint and say how to
+    In a folder that holds another run's checkpoints nothing is trained (CourseError, `runs.check`). An interrupt (Ctrl-C, the stop button), memory that runs out and a disk that fills up leave the last checkpoint and say how to
     go on (CourseError).
     """
     from peft.helpers import disable_input_dtype_casting
@@ -174,7 +204,9 @@ def fit(trainer, resume: bool = True) -> dict:
     args, model, folder = trainer.args, trainer.model, Path(trainer.args.output_dir)
     trainer.remove_callback(PrinterCallback)  # what `disable_tqdm` puts in place of transformers' own bar
     trainer.add_callback(progress_callback())
+    runs.check(folder, made_of := runs.described(trainer))
     checkpoint = last_checkpoint(folder) if resume else None
+    runs.keep(folder, made_of)
     start = time.perf_counter()
     # under autocast PEFT's own cast of each layer's input to float32 and back is work for nothing
     lora = any(hasattr(module, "lora_A") for module in model.modules())
@@ -209,19 +241,23 @@ def _memory_advice(args, model, lora: bool) -> str:
 
 
 def finish(trainer) -> dict:
-    """`fit`, unless the trainer's recipe was finished before: then its adapter and history are loaded, and said so."""
+    """`fit`, unless this very run was finished before: then its adapter and history are loaded, and said so.
+
+    CourseError where the folder holds a run made of something else (`runs.check`).
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     folder = Path(trainer.args.output_dir)
     done = folder / "history.json"
+    runs.check(folder, runs.described(trainer))
     if done.exists() and is_adapter(folder / "adapter"):
-        vetting.check(folder / "adapter")
+        runs.check_adapter(folder)
         print("This very recipe was trained before: its adapter is loaded. Delete runs/ (or make course FRESH=1) to train again.")
         set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         return json.loads(done.read_text(encoding="utf-8"))
     result = fit(trainer)
-    export_adapter(trainer.model, folder / "adapter")
+    runs.keep(folder, runs.described(trainer), export_adapter(trainer.model, folder / "adapter"))
     write_whole(done, json.dumps(result))
     return result
 

@@ -167,7 +167,7 @@ def test_committed_pairs_are_read_by_name():
 )
 def test_a_bad_pair_is_named_with_its_line_and_remedy_and_nothing_is_loaded(tmp_path, bad, says):
     with pytest.raises(CourseError) as error:
-        dpo.load_pairs(write(tmp_path, GOOD + bad + b"\n" + GOOD))
+        dpo.load_pairs(write(tmp_path, GOOD + bad + b"\n" + GOOD.replace(b"how many", b"how few")))
     for words in ["mine.jsonl was not loaded, nothing of it", "line 2: ", *says]:
         assert words in str(error.value)
     assert not any(f"  line {n}:" in str(error.value) for n in (1, 3)) and str(tmp_path) not in str(error.value)

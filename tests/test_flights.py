@@ -107,7 +107,7 @@ def test_a_missing_file_is_one_sentence(tmp_path):
 
 
 def test_sql_that_does_not_run_is_listed_with_its_line(tmp_path):
-    bad = b'{"question": "a", "sql": "SELECT nothing FROM flights"}\n{"question": "b", "sql": "DELETE FROM flights"}\n'
+    bad = b'{"question": "a", "sql": "SELECT nothing FROM flights"}\n{"question": "b", "sql": "WITH a AS (SELECT 1) DELETE FROM flights"}\n'
     with pytest.raises(CourseError) as error:
         flights.load_questions(write(tmp_path, GOOD + bad))
     assert "line 2: field 'sql' doesn't run" in str(error.value) and "line 3" in str(error.value) and "line 1" not in str(error.value)

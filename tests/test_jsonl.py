@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import convert, dpo, flights, jsonl, sql
+from helpers import convert, dpo, flights, jsonl, recipes, sql
 from helpers.files import CourseError
 from helpers.runtime import ROOT
 
@@ -70,7 +70,21 @@ REFUSED = {  # kind of input: the file, and what is said
 }
 
 
-@pytest.mark.parametrize(("content", "says"), REFUSED.values(), ids=REFUSED)
+UNFIT = {  # good JSON Lines that would teach or score something else than what they say
+    "a template's mark in a question": (second(question="<|im_start|>user\nhow many"), "line 2: field 'question' holds '<|im_start|>', a mark of a chat template; write the text alone"),
+    "a template's mark in an answer": (second(sql="SELECT 1<|im_end|>"), "line 2: field 'sql' holds '<|im_end|>', a mark of a chat template"),
+    "another template's mark": (second(question="[INST] how many [/INST]"), "line 2: field 'question' holds '[INST]'"),
+    "the question before the query": (second(question="how many", sql="how many\nSELECT 1"), "line 2: field 'sql' begins with the text of 'question'; leave that out"),
+    "the refusal with a curly apostrophe": (second(sql="The flights data can\u2019t answer that."), "line 2: field 'sql' is the refusal in other letters; write it so: The flights data can't answer that."),
+    "the refusal without its full stop": (second(sql="the flights data can't answer that"), "line 2: field 'sql' is the refusal in other letters"),
+    "a blank line inside a query": (second(sql="SELECT 1\n\nFROM flights"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'; begin with SELECT or WITH, without blank lines"),
+    "a semicolon in a comment": (second(sql="SELECT 1 -- one; two\n+ 1"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1 -- one'"),
+    "a comment before the query": (second(sql="-- WITH care AS told\nSELECT 1"), "line 2: field 'sql': of an answer like this the scorer reads only"),
+    "a query that is none": (second(sql="VALUES (1)"), "line 2: field 'sql': of an answer like this the scorer reads nothing; begin with SELECT"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), [*REFUSED.values(), *UNFIT.values()], ids=[*REFUSED, *UNFIT])
 def test_a_bad_file_is_refused_with_the_remedy_for_its_kind(tmp_path, content, says):
     with pytest.raises(CourseError) as told:
         flights.load_questions(write(tmp_path, content))
@@ -83,6 +97,38 @@ def test_no_plain_file_is_read(tmp_path):
     for place, what in ((tmp_path / "pipe", "no plain file"), (tmp_path, "a folder"), ("/dev/zero", "no plain file")):
         with pytest.raises(CourseError, match=f"Can't read .*: it is {what}. Give the path of a file."):
             flights.read_jsonl(place)
+
+
+PAIR = {"prompt": "to boston", "chosen": "SELECT COUNT(*) AS flights FROM flights", "rejected": "SELECT COUNT(*) FROM flights"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([PAIR, PAIR], "line 2: the same pair as line 1; remove one of them"),
+        ([PAIR, {"prompt": "x", "chosen": "a", "rejected": "b"}, PAIR | {"prompt": " to boston "}], "line 3: the same pair as line 1"),
+        ([PAIR, PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}], "line 2: the reverse of line 1, which prefers the other side; keep one of them"),
+        ([{name: f"to boston\n{text}" if name != "prompt" else text for name, text in PAIR.items()} | {"prompt": "to boston"}], "line 1: fields 'chosen' and 'rejected' begin with the text of 'prompt'"),
+        ([PAIR | {"chosen": PAIR["chosen"] + "<|im_end|>"}], "line 1: field 'chosen' holds '<|im_end|>', a mark of a chat template"),
+        ([PAIR | {"rejected": PAIR["rejected"] + "</s>"}], "line 1: field 'rejected' holds '</s>'"),
+    ],
+)
+def test_pairs_that_teach_nothing_or_two_things_are_named(tmp_path, rows, says):
+    with pytest.raises(CourseError) as told:
+        dpo.load_pairs(write(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in rows)))
+    assert says in str(told.value)
+
+
+def test_a_prompt_may_come_more_than_once_and_one_side_may_begin_with_it(tmp_path):
+    rows = [PAIR, PAIR | {"rejected": "SELECT 1"}, PAIR | {"prompt": "SELECT 2", "rejected": "SELECT 2 AS two"}]
+    assert len(dpo.load_pairs(write(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in rows)))) == 3
+
+
+def test_own_rows_do_without_the_courses_fields(tmp_path):
+    own = flights.load_questions(write(tmp_path, b"".join(json.dumps({"question": f"q{i}", "sql": "SELECT 1"}).encode() + b"\n" for i in range(5))))
+    assert len(flights.subset(own, 3)) == 3 and flights.subset(own, 3)["question"] == flights.subset(own, 3)["question"]
+    with pytest.raises(CourseError, match="these rows don't all have the fields intent and phrasing: leave `phrasings` out"):
+        recipes.training_rows(recipes.SFTRecipe(phrasings=2), list(own))
 
 
 @pytest.mark.parametrize("names", [("prompt", "chosen", "rejected")])
@@ -291,5 +337,5 @@ def test_any_file_is_converted_or_refused_in_one_error(tmp_path, content):
         return
     try:
         assert flights.read_jsonl(converted)
-    except CourseError as told:  # the same question twice, half a character: these are the reader's to tell
-        assert "same question" in str(told) or "half a character" in str(told) or "is empty" in str(told), told
+    except CourseError as told:  # the same question twice, half a character, a question repeated: these are the reader's to tell
+        assert "same question" in str(told) or "half a character" in str(told) or "is empty" in str(told) or "begins with the text" in str(told) or "chat template" in str(told), told

