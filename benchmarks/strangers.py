@@ -1,8 +1,8 @@
 """What strangers hand the course, tried on it: python benchmarks/strangers.py now|before [ROOT]  (`before`: another checkout of the course)
 
 The inputs are those of the tests: files of questions (tests/test_jsonl.py), adapters (tests/test_vetting.py), manifests of a kit
-(tests/test_kit.py), README's commands (tests/test_readme.py), SQL in a learner's file, results that steer a terminal. Each is tried in a fork of its own, with 20 seconds,
-and comes to one of OUTCOMES. The counts are written into data/results/strangers.json; docs/strangers.md is made of them (`table`).
+(tests/test_kit.py), README's commands (tests/test_readme.py), SQL in a learner's file, results that steer a terminal. Each is
+tried in a fork of its own, with 20 seconds, and comes to one of OUTCOMES. The counts are written into data/results/strangers.json; docs/strangers.md is made of them (`table`).
 """
 
 import collections

@@ -7,6 +7,8 @@ import math
 
 from helpers.checks import NOT_YET, Verdict, check, missing, right, wrong
 
+# ---------------------------------------------------------------- what checks share
+
 
 def compare(given, expected, mistakes: dict[str, object], remark: str, tolerance: float = 1e-4) -> Verdict:
     """`given` against the expected value: right, one of the `mistakes` (hint: the value that it leads to), or wrong without a hint.

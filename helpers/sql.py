@@ -23,6 +23,8 @@ import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# ---------------------------------------------------------------- what is allowed, its limits and sentences
+
 TABLES = ("flights", "airports")
 # An allow-list, so that what a later SQLite adds is refused until someone has looked at it. Left out on purpose:
 # load_extension and fts3_tokenizer (run code), zeroblob, randomblob, hex and json_* (no use here but to make it big).
@@ -276,7 +278,7 @@ def _reason(error: Exception) -> str | None:
     return "syntax"
 
 
-# ---------------------------------------------------------------- in a process of its own
+# ---------------------------------------------------------------- a worker, as its owner sees it
 
 
 def run_untrusted(sql: str, path: str | Path, limits: Limits = Limits()) -> Result:
@@ -397,7 +399,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_after_fork)
 
 
-# ---------------------------------------------------------------- that process's own side
+# ---------------------------------------------------------------- the worker's own side
 
 
 def _serve() -> None:

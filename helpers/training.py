@@ -195,8 +195,8 @@ def _is_whole(checkpoint: Path) -> bool:
 def fit(trainer, resume: bool = True) -> dict:
     """Trains, going on from the last whole checkpoint in the trainer's folder; returns history and seconds.
 
-    In a folder that holds another run's checkpoints nothing is trained (CourseError, `runs.check`). An interrupt (Ctrl-C, the stop button), memory that runs out and a disk that fills up leave the last checkpoint and say how to
-    go on (CourseError).
+    In a folder that holds another run's checkpoints nothing is trained (CourseError, `runs.check`). An interrupt (Ctrl-C, the stop
+    button), memory that runs out and a disk that fills up leave the last checkpoint and say how to go on (CourseError).
     """
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
