@@ -131,7 +131,7 @@ def test_memory_that_runs_out_is_one_sentence_and_leaves_the_checkpoint(tmp_path
 def test_the_advice_counts_a_pair_as_two(tmp_path):
     """DPO's figure is that of twice the sequences."""
     args = SimpleNamespace(output_dir=str(tmp_path), per_device_train_batch_size=8, max_length=256, gradient_checkpointing=False, bf16=False)
-    model = models.load_model(16)
+    model, made_of = models.load_model(16), {}  # what the run is made of isn't asked: no checkpoint, no history
 
     def said(**more):
         def train(resume_from_checkpoint):
@@ -139,7 +139,8 @@ def test_the_advice_counts_a_pair_as_two(tmp_path):
 
         nothing = SimpleNamespace(global_step=0, log_history=[])
         arguments = SimpleNamespace(**vars(args), **more)
-        made = SimpleNamespace(args=arguments, model=model, state=nothing, train=train, remove_callback=print, add_callback=lambda _: None)
+        hooks = {"train": train, "remove_callback": print, "add_callback": lambda _: None}
+        made = SimpleNamespace(args=arguments, model=model, state=nothing, made_of=made_of, **hooks)
         with pytest.raises(CourseError) as told:
             training.fit(made)
         return float(str(told.value).split("a step takes ")[1].split(" GB")[0])
