@@ -15,7 +15,11 @@ from helpers.runtime import ROOT
 
 
 def export_adapter(model, target: Path) -> Path:
-    """Writes the adapter for others: safetensors and adapter_config.json only; no pickle, no path of this machine."""
+    """Writes the adapter for others: safetensors and adapter_config.json only; no pickle, no path of this machine.
+
+    The base is named as the Hub has it, so that any loader finds it; the weights that were really under it are known by their
+    sha256, `base_sha256` in the safetensors file's metadata (the course model's come from a Q4_1 file, not from the Hub).
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -26,7 +30,7 @@ def export_adapter(model, target: Path) -> Path:
         state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
         known = {"base_sha256": digest} if (digest := vetting.base_hash()) else {}
         save_file(state, scratch / vetting.WEIGHTS, metadata={"format": "pt"} | known)
-        config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": choose().name, "inference_mode": True}
+        config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": choose().repo, "inference_mode": True}
         text = json.dumps(config, indent=1, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
         (scratch / vetting.CONFIG).write_text(text + "\n", encoding="utf-8")
     return target

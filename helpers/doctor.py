@@ -1,9 +1,15 @@
-"""`python -m helpers.doctor`: is this machine ready for the course? One plain verdict at the end."""
+"""`python -m helpers.doctor`: is this machine ready for the course? One plain verdict at the end.
 
+`python -m helpers.doctor mine.jsonl` looks at a file of your own instead, questions or preference pairs; --domain names what it
+is about where that isn't the flights, --test the file that a model trained on it will be scored on.
+"""
+
+import argparse
 import platform
 import shutil
 import sys
 import time
+from pathlib import Path
 
 from helpers.command import status
 from helpers.files import CourseError
@@ -59,7 +65,6 @@ def check_database() -> str:
 def check_training(seconds: float = 10.0) -> str:
     """Real steps of the course's recipe for about ten seconds, how long the main run would take, and the minutes of each notebook."""
     import tempfile
-    from pathlib import Path
 
     from transformers import TrainerCallback
 
@@ -89,8 +94,28 @@ CHECKS = {
 }  # fmt: skip
 
 
-def main(checks=None) -> int:
-    return status(verdict, CHECKS if checks is None else checks, left="Run it again: nothing was changed.")
+def main(arguments=None, checks=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m helpers.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", help="a JSON Lines file of your own: question and sql, or prompt, chosen and rejected")
+    parser.add_argument("--domain", help="the TOML file that says which database it is about (data/own_example/domain.toml is one; without it: the flights)")
+    parser.add_argument("--test", help="the JSON Lines file that a model trained on it will be scored on")
+    chosen = parser.parse_args(arguments)
+    if not chosen.file and (chosen.domain or chosen.test):
+        parser.error("name the file to be looked at")
+    look = (own_file, chosen) if chosen.file else (verdict, CHECKS if checks is None else checks)
+    return status(*look, left="Run it again: nothing was changed.")
+
+
+def own_file(chosen) -> int:
+    """Says what is in a file of one's own; a CourseError where it can't be loaded."""
+    from helpers import checkup, domain, flights
+
+    setup()
+    about = domain.read(chosen.domain) if chosen.domain else flights.FLIGHTS
+    for what, found in checkup.examine(chosen.file, about, chosen.test).items():
+        print(f"{what:9} {found}", flush=True)
+    print("\nIt can be trained on.")
+    return 0
 
 
 def verdict(checks) -> int:

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from helpers import adapters, flights, losses, runs, times, training
+from helpers.domain import Domain
 from helpers.files import CourseError
+from helpers.flights import FLIGHTS
 from helpers.models import load_tokenizer
 from helpers.recipes import SFTRecipe
 from helpers.runtime import DATA, device, runs_dir, seed_everything, setup
@@ -67,18 +69,18 @@ def load_pairs(source: str | Path = "style") -> list[dict]:
 # ---------------------------------------------------------------- log-probabilities
 
 
-def encode(tokenizer, prompt: str, answer: str) -> tuple[list[int], int]:
+def encode(tokenizer, prompt: str, answer: str, domain: Domain = FLIGHTS) -> tuple[list[int], int]:
     """Token ids of the conversation with its answer, and how many of them are the prompt's."""
-    chat = flights.chat(prompt)
+    chat = flights.chat(prompt, domain.system_prompt)
     head = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     return tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], return_dict=True)["input_ids"], len(head)
 
 
-def check_lengths(pairs: list[dict], tokenizer, max_length: int) -> None:
+def check_lengths(pairs: list[dict], tokenizer, max_length: int, domain: Domain = FLIGHTS) -> None:
     """Raises CourseError for a pair that doesn't fit: TRL would cut the end off its answers, or all of them, in silence."""
     for number, row in enumerate(pairs, 1):
         for side in ("chosen", "rejected"):
-            ids, prompt = encode(tokenizer, row["prompt"], row[side])
+            ids, prompt = encode(tokenizer, row["prompt"], row[side], domain)
             if len(ids) > max_length:
                 raise CourseError(
                     f"Pair {number}: prompt ({prompt} tokens) and {side} answer ({len(ids) - prompt}) don't fit into "
@@ -86,12 +88,12 @@ def check_lengths(pairs: list[dict], tokenizer, max_length: int) -> None:
                 )
 
 
-def log_probs(model, tokenizer, prompts: list[str], answers: list[str], batch_size: int = 16) -> list[float]:
+def log_probs(model, tokenizer, prompts: list[str], answers: list[str], batch_size: int = 16, domain: Domain = FLIGHTS) -> list[float]:
     """log p(answer | prompt) under the model, in nats: the sum over the answer's tokens, the end of the turn included."""
     import torch
 
     base, head, found = model.get_base_model(), model.get_output_embeddings().weight, []
-    encoded = [encode(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    encoded = [encode(tokenizer, prompt, answer, domain) for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.no_grad(), torch.autocast(head.device.type, head.dtype, enabled=head.dtype != torch.float32):  # as in training
         for start in range(0, len(encoded), batch_size):
             rows = encoded[start : start + batch_size]
@@ -106,7 +108,7 @@ def log_probs(model, tokenizer, prompts: list[str], answers: list[str], batch_si
     return found
 
 
-def watch(tokenizer, pairs: list[dict], every: int = 8):
+def watch(tokenizer, pairs: list[dict], every: int = 8, domain: Domain = FLIGHTS):
     """A callback that logs the mean log-probability of chosen and of rejected answers over `pairs` before, during and after training."""
     from transformers import TrainerCallback
 
@@ -114,7 +116,7 @@ def watch(tokenizer, pairs: list[dict], every: int = 8):
         def look(self, model, state):
             prompts, sides = [p["prompt"] for p in pairs], {}
             for side in ("chosen", "rejected"):
-                values = log_probs(model, tokenizer, prompts, [p[side] for p in pairs])
+                values = log_probs(model, tokenizer, prompts, [p[side] for p in pairs], domain=domain)
                 sides[f"probe/{side}"] = sum(values) / len(values)
             state.log_history.append({"step": state.global_step} | sides)
 
@@ -132,14 +134,14 @@ def watch(tokenizer, pairs: list[dict], every: int = 8):
 # ---------------------------------------------------------------- training
 
 
-def pair_set(pairs: list[dict]):
+def pair_set(pairs: list[dict], domain: Domain = FLIGHTS):
     """Pairs in TRL's conversational preference form (prompt, chosen, rejected: lists of messages), as a `datasets.Dataset`."""
     from datasets import Dataset
 
     def said(text):
         return [{"role": "assistant", "content": text}]
 
-    return Dataset.from_list([{"prompt": flights.chat(p["prompt"]), "chosen": said(p["chosen"]), "rejected": said(p["rejected"])} for p in pairs])
+    return Dataset.from_list([{"prompt": flights.chat(p["prompt"], domain.system_prompt), "chosen": said(p["chosen"]), "rejected": said(p["rejected"])} for p in pairs])
 
 
 def dpo_config(recipe: DPORecipe, folder: Path, **changes):
@@ -202,12 +204,14 @@ def cpu_trainer_class():
     return CpuDPOTrainer
 
 
-def make_trainer(recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None = None, folder: Path | None = None, **changes):
+def make_trainer(
+    recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None = None, folder: Path | None = None, domain: Domain = FLIGHTS, probe: int | None = None, **changes
+):
     """TRL's trainer for the recipe over `model`, which carries the starting adapter, trainable (`adapters.load_adapter`).
 
     DPOTrainer, or for the control the SFT trainer of notebook 03 on the chosen answers alone. TRL keeps a frozen copy of
     the adapter, named "ref", as the reference; the trained one is put back into float32 (`training.restore_float32`).
-    The last `PROBE` pairs are watched, not trained on.
+    The last `probe` pairs (None: `PROBE`) are watched, not trained on. `domain`: whose system prompt the pairs are asked with.
     """
     from trl import DPOTrainer
 
@@ -215,29 +219,31 @@ def make_trainer(recipe: DPORecipe, model, tokenizer, pairs: list[dict] | None =
         raise CourseError(f"Unknown method {recipe.method!r}: dpo or sft.")
     if changes.get("label_smoothing_factor"):
         raise CourseError("DPO doesn't know label_smoothing_factor: its own is called label_smoothing (conservative DPO).")
-    folder = folder or runs.folder_for(recipe, pairs, changes)
+    folder = folder or runs.folder_for(recipe, pairs, changes, domain.system_prompt)
     pairs = load_pairs(recipe.pairs) if pairs is None else pairs
-    if len(pairs) <= PROBE:
-        raise CourseError(f"{len(pairs)} pairs are too few: {PROBE} of them are kept aside to be watched. Make more.")
-    check_lengths(pairs, tokenizer, recipe.max_length)
-    learnt, probe = pairs[:-PROBE], pairs[-PROBE:]
+    probe = PROBE if probe is None else probe
+    if len(pairs) <= probe or probe < 1:
+        raise CourseError(f"{len(pairs)} pairs are too few: {probe} of them are kept aside to be watched. Make more, or watch fewer (probe=…).")
+    check_lengths(pairs, tokenizer, recipe.max_length, domain)
+    learnt, watched = pairs[:-probe], pairs[-probe:]
     model.train()  # the probe before the first step would else pack 4-bit weights (see `training.check_unpacked`)
     if recipe.method == "sft":
         control = replace(recipe.start, learning_rate=recipe.learning_rate, steps=recipe.steps, batch_size=recipe.batch_size, seed=recipe.seed)
         control = replace(control, warmup_steps=0, scheduler="linear", max_length=recipe.max_length)  # as DPOConfig has them by default
         rows = [{"question": p["prompt"], "sql": p["chosen"]} for p in learnt]
-        trainer = training.make_trainer(control, model, tokenizer, rows, folder, **housekeeping(recipe) | changes)
+        trainer = training.make_trainer(control, model, tokenizer, rows, folder, domain, **housekeeping(recipe) | changes)
     else:
         seed_everything(recipe.seed)
         trained = training.trainable_state(model)
         model.set_attn_implementation(device().attention)
         training.check_unpacked(model)
-        kind = cpu_trainer_class() if device().course_loss else DPOTrainer
-        trainer = kind(model=model, args=dpo_config(recipe, folder, **changes), train_dataset=pair_set(learnt), processing_class=tokenizer)
+        config = dpo_config(recipe, folder, **changes)
+        kind = cpu_trainer_class() if device().course_loss and not config.use_weighting else DPOTrainer  # weighting needs every logit
+        trainer = kind(model=model, args=config, train_dataset=pair_set(learnt, domain), processing_class=tokenizer)
         training.restore_float32(trainer.model, trained)
         training.start_scaler_low(trainer)
         trainer.starts_from = runs.digest(trained)
-    trainer.add_callback(watch(tokenizer, probe))
+    trainer.add_callback(watch(tokenizer, watched, domain=domain))
     return trainer
 
 

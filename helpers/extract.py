@@ -1,29 +1,56 @@
-"""The query in an answer: one rule for every model."""
+"""The query in an answer: one rule for every model, which reads SQL as SQL does (texts, quoted names, comments, blank lines inside)."""
 
 import re
 
+FENCE = re.compile(r"```(?:\w+)?\s*\n?(.*?)(```|\Z)", re.S)
 START = re.compile(r"\bSELECT\b|\bWITH\s+(RECURSIVE\s+)?\w+\s*(\([^)]*\)\s*)?AS\b", re.I)
-QUERY = re.compile(r"(?:'(?:[^']|'')*'|\n(?!\s*\n)|[^;'\n])*")  # up to a semicolon or blank line that is not quoted
+COMMENTS = re.compile(r"^[ \t]*--[^\n]*|/\*.*?(?:\*/|\Z)", re.S | re.M)  # before a query: a dash in the midst of a line may be prose
+# A text in quotes is one piece, however many lines it has; so are a quoted name and a comment
+PIECE = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\n]|"")*"|--[^\n]*|/\*.*?(?:\*/|\Z)|\n\s*\n|[^-'"();\n/]+|.""", re.S)
+WORDS = "FROM WHERE GROUP HAVING ORDER LIMIT OFFSET UNION EXCEPT INTERSECT JOIN INNER LEFT CROSS NATURAL ON USING AND OR WINDOW AS".split()
+GOES_ON = re.compile(rf"(?:{'|'.join([*WORDS, *map(str.lower, WORDS)])})\b|[(),]")  # what stands behind a blank line inside a query
 
 ENDS = ";`\n"  # without one of these in it, no further piece of an answer makes it `complete`
 
 
+def _query(text: str) -> tuple[str, bool]:
+    """The query with which a text begins, and whether nothing that is added to the text can change it.
+
+    It goes up to a semicolon, or a blank line with which it may end, that doesn't stand in quotes or a comment.
+    """
+    depth, selected, quote = 0, False, False
+    for piece in PIECE.finditer(text):
+        said, before, rest = piece[0], text[: piece.start()], text[piece.end() :]
+        if said == "'":  # of a text that isn't closed, as yet
+            return before, False
+        if said == ";":
+            return before, not quote or "\n" in rest
+        if said.isspace() and said.count("\n") > 1:
+            rest = rest.lstrip()
+            inside = depth or before.rstrip().endswith(",") or GOES_ON.match(rest)
+            begins = not selected and re.match(r"SELECT\b|\Z", rest, re.I)  # a WITH, and here is its SELECT
+            if not (inside or begins):
+                return before, re.search(f"[{ENDS}]", rest) is not None
+        depth = max(0, depth + {"(": 1, ")": -1}.get(said, 0))
+        selected = selected or (not depth and re.search(r"\bSELECT\b", said, re.I) is not None)
+        quote = said == '"' or (quote and "\n" not in said)  # of a name that isn't closed: it may be, on the same line
+    return text, False
+
+
 def _parts(answer: str) -> tuple[str, bool]:
     """The query in an answer as it stands, and whether nothing that follows can change it."""
-    fence = re.search(r"```(?:\w+)?\s*\n?(.*?)(```|\Z)", answer, re.S)
+    fence = FENCE.search(answer)
     text = fence[1] if fence else answer
-    if not (start := START.search(text)):
+    if not (start := START.search(COMMENTS.sub(lambda comment: " " * len(comment[0]), text))):
         return "", False
-    before, text = text[: start.start()], text[start.start() :]
-    query = QUERY.match(text)[0]
-    ended = text[len(query) : len(query) + 1] in (";", "\n") if len(query) < len(text) else bool(fence and fence[2])
+    query, ended = _query(text[start.start() :])
     # Without a fence one may still follow, and be taken instead; a WITH before the query may become its beginning
-    return query, ended and bool(fence) and not re.search(r"\bWITH\b", before, re.I)
+    return query, bool(fence) and (bool(fence[2]) or ended and not re.search(r"\bWITH\b", text[: start.start()], re.I))
 
 
 def extract_sql(answer: str) -> str:
     """The one rule for every model: the first ```fenced``` block if there is one, else from the first SELECT (or WITH … AS) on;
-    then up to the first semicolon or blank line. "" when there is no query in the answer."""
+    then up to the first semicolon or blank line, but for those in quotes, comments or the midst of the query. "" when there is no query."""
     return _parts(answer)[0].strip().rstrip("`").strip()
 
 
@@ -34,3 +61,11 @@ def complete(answer: str) -> bool:
     base models do that: 2 of 128 answers of the prompted baselines ended in a lone closing fence, which leaves no query at all.
     """
     return _parts(answer)[1]
+
+
+def reads_whole(query: str) -> bool:
+    """Whether `extract_sql`, given a query as the answer, reads all of it, but for comments and semicolons around it."""
+    if not (read := extract_sql(query)):
+        return False
+    before, _, after = query.partition(read)
+    return not re.sub(r"--[^\n]*|/\*.*?(?:\*/|\Z)|[;\s]", "", f"{before}\n{after}", flags=re.S)

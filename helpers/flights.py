@@ -10,7 +10,8 @@ import sqlite3
 from pathlib import Path
 
 from helpers import jsonl, sql
-from helpers.extract import extract_sql
+from helpers.domain import Domain
+from helpers.extract import extract_sql, reads_whole
 from helpers.files import CourseError, building, told
 from helpers.menu import choose
 from helpers.runtime import DATA, cache_dir
@@ -123,26 +124,43 @@ def _is_whole(database: Path) -> bool:
     return head[:16] == b"SQLite format 3\0" and database.stat().st_size == (65536 if size == 1 else size) * int.from_bytes(head[28:32], "big")
 
 
+@functools.cache
+def names() -> dict[str, str]:
+    """Lower-cased airline, airport and (where it has one airport) city names, to their codes."""
+    import pandas as pd
+
+    flights = pd.read_parquet(DATA / "nycflights/flights.parquet", columns=["carrier", "airline", "dest", "dest_city"])
+    airports = pd.read_parquet(DATA / "nycflights/airports.parquet", columns=["faa", "name"])
+    served = set(flights["dest"]) | {"JFK", "EWR", "LGA"}
+    found = {name.lower(): code for code, name in airports.itertuples(index=False) if code in served}
+    found |= {name.lower(): code for code, name in flights[["carrier", "airline"]].drop_duplicates().itertuples(index=False)}
+    single = flights[["dest_city", "dest"]].drop_duplicates().drop_duplicates("dest_city", keep=False)
+    return found | {city.lower(): code for city, code in single.itertuples(index=False)}
+
+
+FLIGHTS = Domain(database_path, SCHEMA_PROMPT, REFUSAL, SYSTEM_PROMPT, sql.TABLES, perturbed_paths, names)
+
+
 # ---------------------------------------------------------------- the questions
 
 
-def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False, check=None, same=None) -> list[dict]:
+def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool = False, check=None, same=None, domain: Domain = FLIGHTS) -> list[dict]:
     """Reads JSON Lines whole or not at all (`jsonl.read`): every problem is listed with file, line, field and remedy (CourseError).
 
-    With `check_sql`, each `sql` is run: in a process of its own, since anyone may have written it, read-only and bounded; and it must be
-    one that the scorer would read whole in an answer. A `check` of your own is called with each row and raises CourseError; `same` says
-    which rows may not stand together (`jsonl.read`).
+    With `check_sql`, each `sql` is run on the domain's database: in a process of its own, since anyone may have written it, read-only
+    and bounded; and it must be one that the scorer would read whole in an answer. A `check` of your own is called with each row and
+    raises CourseError; `same` says which rows may not stand together (`jsonl.read`).
     """
-    with sql.Worker(database_path()) if check_sql else contextlib.nullcontext() as worker:
+    with domain.worker() if check_sql else contextlib.nullcontext() as worker:
 
         def looked_at(row):
             if check_sql:
-                check_readable(row["sql"])
+                check_readable(row["sql"], domain.refusal)
             if check:
                 check(row)
 
         def run(row):
-            if row["sql"] != REFUSAL:
+            if row["sql"] != domain.refusal:
                 try:
                     worker.run(row["sql"])
                 except sql.SqlError as error:
@@ -151,26 +169,27 @@ def read_jsonl(path: str | Path, required=("question", "sql"), check_sql: bool =
         return jsonl.read(path, required, looked_at, run if check_sql else None, same=same)
 
 
-def check_readable(query: str) -> None:
+def check_readable(query: str, refusal: str = REFUSAL) -> None:
     """CourseError for a reference that could not be answered: a refusal in other letters, or SQL of which `extract_sql` reads a part."""
-    letters = re.sub(r"[^a-z]", "", query.lower())
-    if query.strip() != REFUSAL and letters == re.sub(r"[^a-z]", "", REFUSAL.lower()):
-        raise CourseError(f"field 'sql' is the refusal in other letters; write it so: {REFUSAL}")
-    read, whole = extract_sql(query), query.strip().rstrip(";").strip()
-    if query.strip() != REFUSAL and read != whole:
+    if query == refusal:
+        return
+    if re.sub(r"[^a-z]", "", query.lower()) == re.sub(r"[^a-z]", "", refusal.lower()):
+        raise CourseError(f"field 'sql' is the refusal in other letters; write it so: {refusal}")
+    if not reads_whole(query):
+        read = extract_sql(query)
         reads = f"only {read[:60]!r}" if read else "nothing"
-        raise CourseError(f"field 'sql': of an answer like this the scorer reads {reads}; begin with SELECT or WITH, without blank lines or a semicolon inside")
+        raise CourseError(f"field 'sql': of an answer like this the scorer reads {reads}; write one query that begins with SELECT or WITH")
 
 
-def load_questions(split: str | Path, half: str | None = None):
-    """A split by name (`train`, `validation`, `test`, `freeform`, `unanswerable`, `near_miss`) or your own JSON Lines file.
+def load_questions(split: str | Path, half: str | None = None, domain: Domain = FLIGHTS):
+    """A split by name (`train`, `validation`, `test`, `freeform`, `unanswerable`, `near_miss`) or your own JSON Lines file, about your own `domain` or the flights.
 
     Returns a `datasets.Dataset` with at least the columns question and sql. `half` keeps "development" or "final".
     """
     from datasets import Dataset
 
     name = str(split)
-    rows = read_jsonl(QUESTIONS / f"{name}.jsonl" if name in SPLITS else split, check_sql=name not in SPLITS)
+    rows = read_jsonl(QUESTIONS / f"{name}.jsonl" if name in SPLITS else split, check_sql=name not in SPLITS, domain=domain)
     if half and not any(row.get("half") == half for row in rows):
         raise CourseError(f"{Path(name).name} has no rows of the half {half!r}: leave `half` out, or write the field \"half\" in the file.")
     return Dataset.from_list([row for row in rows if not half or row["half"] == half])
@@ -211,6 +230,6 @@ def chat(question: str, system: str = SYSTEM_PROMPT, shots=()) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
 
 
-def prompt_completion(row: dict) -> dict:
+def prompt_completion(row: dict, system: str = SYSTEM_PROMPT) -> dict:
     """One training example in TRL's conversational prompt/completion form."""
-    return {"prompt": chat(row["question"]), "completion": [{"role": "assistant", "content": row["sql"]}]}
+    return {"prompt": chat(row["question"], system), "completion": [{"role": "assistant", "content": row["sql"]}]}

@@ -165,12 +165,18 @@ class _Run:
             row.length += 1
 
 
+def longest(questions, tokenizer) -> int:
+    """How many tokens an answer to one of these may have: `LONGEST`, or `ROOM` more than the longest reference."""
+    references = [q.get("sql") or "" for q in questions]
+    return max([LONGEST, *(len(tokenizer(sql)["input_ids"]) + ROOM for sql in references if len(sql) > LONGEST)])
+
+
 def ask(model, tokenizer, questions, system: str = SYSTEM_PROMPT, shots=None, progress: str = "", **kwargs) -> tuple[list[str], float]:
     """Answers to a split's questions and the seconds it took. `shots` maps a question to its few-shot rows.
 
     An answer may have `LONGEST` tokens, and more where a reference has (`max_new_tokens` says otherwise).
     """
     start = time.perf_counter()
-    kwargs.setdefault("max_new_tokens", max([LONGEST, *(len(tokenizer(sql)["input_ids"]) + ROOM for q in questions if len(sql := q.get("sql") or "") > LONGEST)]))
+    kwargs.setdefault("max_new_tokens", longest(questions, tokenizer))
     chats = [chat(q["question"], system, shots(q["question"]) if shots else ()) for q in questions]
     return generate(model, tokenizer, chats, progress=progress, stop=complete, stop_at=ENDS, **kwargs), time.perf_counter() - start

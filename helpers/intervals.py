@@ -67,9 +67,14 @@ def score(records, draws: int = 2000, seed: int = 0) -> Score:
     return Score(len(right), round(sum(right)), sum(right) / len(right), low, high)
 
 
+def _asked(records) -> list[str]:
+    """What was asked: ids, or the questions of a file of one's own that has none."""
+    return [r.get("id") or r["question"] for r in records]
+
+
 def paired_difference(records_a, records_b, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Accuracy of a minus accuracy of b on the same questions: (difference, low, high), a paired cluster bootstrap."""
-    if [r["id"] for r in records_a] != [r["id"] for r in records_b]:
+    if _asked(records_a) != _asked(records_b):
         raise CourseError("A paired comparison needs the same questions in the same order in both records.")
     gain = [float(a["correct"]) - float(b["correct"]) for a, b in zip(records_a, records_b, strict=True)]
     return sum(gain) / len(gain), *_interval(gain, _strata(records_a), draws, seed)
@@ -77,6 +82,6 @@ def paired_difference(records_a, records_b, draws: int = 2000, seed: int = 0) ->
 
 def pooled(runs: list[list[dict]]) -> list[dict]:
     """Several seeds' records of the same questions as one: `correct` becomes the share of seeds that had it right."""
-    if any([r["id"] for r in run] != [r["id"] for r in runs[0]] for run in runs):
+    if any(_asked(run) != _asked(runs[0]) for run in runs):
         raise CourseError("Pooling seeds needs the same questions in the same order in each run.")
     return [dict(rows[0], correct=sum(bool(r["correct"]) for r in rows) / len(rows)) for rows in zip(*runs, strict=True)]

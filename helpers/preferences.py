@@ -21,7 +21,9 @@ from sqlglot import exp
 
 from helpers import adapters, dpo, flights, generation, house, intervals, models, scoring, sql, training
 from helpers.command import status
+from helpers.domain import Domain
 from helpers.files import write_whole
+from helpers.flights import FLIGHTS
 from helpers.house import share
 from helpers.runtime import setup
 
@@ -31,7 +33,7 @@ QUESTIONS, SAMPLES, TEMPERATURE, SEED = 1000, 4, 1.0, 0
 # ---------------------------------------------------------------- style
 
 
-def judged(row: dict, answers: list[str]) -> list[dict]:
+def judged(row: dict, answers: list[str], domain: Domain = FLIGHTS) -> list[dict]:
     """The different ones of several answers to a question: {"answer", "correct", "kept", "style"} each.
 
     `kept` tells which rules of `house.RULES` a right answer keeps, of those that apply; `style` is the share kept of
@@ -39,29 +41,29 @@ def judged(row: dict, answers: list[str]) -> list[dict]:
     """
     found = []
     for answer in dict.fromkeys(answers):
-        verdict = scoring.judge().judge(answer, row["sql"], bool(row.get("ordered")))
-        kept = rules_kept(verdict["sql"]) if verdict["correct"] else {}
+        verdict = scoring.judge(domain).judge(answer, row["sql"], bool(row.get("ordered")))
+        kept = rules_kept(verdict["sql"], domain=domain) if verdict["correct"] else {}
         found.append({"answer": answer, "correct": verdict["correct"], "kept": kept, "style": share(kept, house.PAIRED) if kept else 0.0})
     return found
 
 
-def rules_kept(query: str, which: int = -1) -> dict[str, bool]:
+def rules_kept(query: str, which: int = -1, domain: Domain = FLIGHTS) -> dict[str, bool]:
     """The house rules that apply to a query, each kept or not; {} if it doesn't run (a refusal) or none applies.
 
     `which` instance of `scoring.judge` gives the result: -1 the real database, 0 a small one (many times faster).
     A slow machine must not change a style: the time limit is far beyond that of scoring, and passing it is an error (SqlError).
     """
     try:
-        return house.kept(query, scoring.judge().run(which, query, seconds=60))
+        return house.kept(query, scoring.judge(domain).run(which, query, seconds=60))
     except sql.SqlError as error:
         if error.reason == "time":
             raise
         return {}
 
 
-def with_style(records: list[dict]) -> list[dict]:
+def with_style(records: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
     """Per-question records (`scoring.execution_accuracy`) with `kept`, the house rules of each right answer; a wrong one has none."""
-    return [r | {"kept": rules_kept(r["sql"]) if r["correct"] and r["sql"] else {}} for r in records]
+    return [r | {"kept": rules_kept(r["sql"], domain=domain) if r["correct"] and r["sql"] else {}} for r in records]
 
 
 def style_scores(records: list[dict], rules=tuple(house.RULES)) -> list[float]:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from helpers import budget, flights
+from helpers.domain import Domain
 from helpers.files import CourseError
+from helpers.flights import FLIGHTS
 from helpers.menu import COURSE_MODEL, choose
 from helpers.runtime import device, runs_dir
 
@@ -44,6 +46,15 @@ class SFTRecipe:
         return runs_dir() / f"sft-{self.key()}"
 
 
+def few_rows(rows: int, passes: int = 4) -> SFTRecipe:
+    """The recipe for some dozens of rows of one's own, going on from an adapter that writes SQL already: `passes` times over them, four at a time.
+
+    Chosen on data/own_example's training rows alone, two of four folds: from the flights' adapter 11 to 13 of 32 held-out questions
+    were right with any of six settings of rate, batch and steps, from the bare model 4.
+    """
+    return SFTRecipe(steps=max(1, -(-passes * rows // 4)), batch_size=4, learning_rate=2e-3, warmup_steps=3)
+
+
 def training_rows(recipe: SFTRecipe, rows=None) -> list[dict]:
     """The rows that the recipe trains on, chosen by its seed: some phrasings of each intent, then some examples."""
     rows = list(flights.load_questions("train") if rows is None else rows)
@@ -61,11 +72,11 @@ def training_rows(recipe: SFTRecipe, rows=None) -> list[dict]:
     return rows
 
 
-def training_set(rows):
+def training_set(rows, domain: Domain = FLIGHTS):
     """Rows with question and sql, in TRL's conversational prompt/completion form, as a `datasets.Dataset`."""
     from datasets import Dataset
 
-    return Dataset.from_list([flights.prompt_completion(row) for row in rows])
+    return Dataset.from_list([flights.prompt_completion(row, domain.system_prompt) for row in rows])
 
 
 VIRTUAL_TOKENS = 16  # of prompt tuning

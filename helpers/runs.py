@@ -6,6 +6,7 @@ from pathlib import Path
 
 from helpers import vetting
 from helpers.files import CourseError, sha256, write_whole
+from helpers.flights import SYSTEM_PROMPT
 from helpers.runtime import runs_dir
 
 KEPT = "run.json"
@@ -61,12 +62,13 @@ def digest(state: dict) -> str:
     return whole.hexdigest()
 
 
-def folder_for(recipe, rows, changes: dict) -> Path:
-    """The recipe's own folder, or beside it one of their own for other rows and settings."""
+def folder_for(recipe, rows, changes: dict, prompt: str = SYSTEM_PROMPT) -> Path:
+    """The recipe's own folder, or beside it one of their own for other rows, settings and system prompts."""
     other = {name: _plain(value) for name, value in changes.items() if name in SETTINGS}
-    if rows is None and not other:
+    asked = [prompt] if prompt != SYSTEM_PROMPT else []
+    if rows is None and not other and not asked:
         return recipe.folder()
-    said = json.dumps([None if rows is None else list(rows), other], sort_keys=True, default=str)
+    said = json.dumps([None if rows is None else list(rows), other, *asked], sort_keys=True, default=str)
     return runs_dir() / f"{recipe.folder().name}-{hashlib.sha256(said.encode()).hexdigest()[:6]}"
 
 
@@ -121,6 +123,17 @@ def keep(folder: Path, now: dict, adapter: Path | None = None) -> None:
 def check_adapter(folder: Path) -> None:
     """CourseError where the adapter in a finished run's folder is damaged, or isn't the one that the run made."""
     vetting.check(folder / "adapter")
-    made = json.loads((folder / KEPT).read_text(encoding="utf-8"))["adapter"]
+    made = json.loads((folder / KEPT).read_text(encoding="utf-8")).get("adapter")
     if made != sha256(folder / "adapter" / vetting.WEIGHTS):
         raise CourseError(f"The adapter in {folder.name}/ isn't the one that this run made: move it elsewhere, and remove the folder to train anew.")
+
+
+def history(folder: Path) -> dict:
+    """A finished run's history and seconds, as `finish` kept them. CourseError where the file is damaged."""
+    try:
+        kept = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        if isinstance(kept["history"], list) and isinstance(kept["seconds"], (int, float)):
+            return kept
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise CourseError(f"history.json in {folder.name}/ is damaged: move the adapter elsewhere if you need it, and remove the folder to train anew.")

@@ -3,11 +3,12 @@
 import functools
 import itertools
 import re
+from pathlib import Path
 
 from helpers import sql as safe
+from helpers.domain import Domain
 from helpers.extract import extract_sql
-from helpers.flights import REFUSAL, database_path, perturbed_paths
-from helpers.runtime import DATA
+from helpers.flights import FLIGHTS
 
 
 def tie_variants(sql: str) -> list[str]:
@@ -30,34 +31,20 @@ def _is_order(tail: str) -> bool:
     return re.fullmatch(r"[^()]*(\([^()]*\)[^()]*)?", tail) is not None
 
 
-@functools.cache
-def _names() -> dict[str, str]:
-    """Lower-cased airline, airport and (where it has one airport) city names, to their codes."""
-    import pandas as pd
-
-    flights = pd.read_parquet(DATA / "nycflights/flights.parquet", columns=["carrier", "airline", "dest", "dest_city"])
-    airports = pd.read_parquet(DATA / "nycflights/airports.parquet", columns=["faa", "name"])
-    served = set(flights["dest"]) | {"JFK", "EWR", "LGA"}
-    names = {name.lower(): code for code, name in airports.itertuples(index=False) if code in served}
-    names |= {name.lower(): code for code, name in flights[["carrier", "airline"]].drop_duplicates().itertuples(index=False)}
-    single = flights[["dest_city", "dest"]].drop_duplicates().drop_duplicates("dest_city", keep=False)
-    return names | {city.lower(): code for city, code in single.itertuples(index=False)}
+def _plain(value, names: dict[str, str]):
+    return names.get(value.strip().lower(), value.strip()) if isinstance(value, str) else value
 
 
-def _plain(value):
-    return _names().get(value.strip().lower(), value.strip()) if isinstance(value, str) else value
-
-
-def same_value(predicted, expected) -> bool:
-    """Equal, or a number within rounding to one decimal of a fractional one, or a code's name in place of the code."""
+def same_value(predicted, expected, names: dict[str, str]) -> bool:
+    """Equal, or a number within rounding to one decimal of a fractional one, or a code's name in place of the code (`Domain.names`)."""
     if isinstance(predicted, (int, float)) and isinstance(expected, (int, float)):
         if isinstance(expected, int):
             return predicted == expected
         return abs(predicted - expected) <= 0.05 + 1e-9
-    return _plain(predicted) == _plain(expected)
+    return _plain(predicted, names) == _plain(expected, names)
 
 
-def same_result(predicted: list[tuple], expected: list[tuple], ordered: bool) -> bool:
+def same_result(predicted: list[tuple], expected: list[tuple], ordered: bool, domain: Domain = FLIGHTS) -> bool:
     """The rule of execution accuracy, on two lists of rows.
 
     As many rows as expected; each expected column is found in a column of its own of the prediction; extra columns and
@@ -68,20 +55,20 @@ def same_result(predicted: list[tuple], expected: list[tuple], ordered: bool) ->
         return False
     if not expected:
         return True
-    wide, narrow = len(predicted[0]), len(expected[0])
+    wide, narrow, names = len(predicted[0]), len(expected[0]), domain.names()
     if wide < narrow or wide > 25:
         return False
-    found = [[p for p in range(wide) if _same_rows([[r[p]] for r in predicted], [[r[e]] for r in expected], ordered)] for e in range(narrow)]
+    found = [[p for p in range(wide) if _same_rows([[r[p]] for r in predicted], [[r[e]] for r in expected], ordered, names)] for e in range(narrow)]
     choices = itertools.islice(itertools.product(*found), 500)
-    return any(len(set(c)) == narrow and _same_rows([[r[p] for p in c] for r in predicted], expected, ordered) for c in choices)
+    return any(len(set(c)) == narrow and _same_rows([[r[p] for p in c] for r in predicted], expected, ordered, names) for c in choices)
 
 
 COMPARISONS = 20_000  # of rows, where sorting them didn't settle it; beyond that they count as different
 
 
-def _same_rows(predicted, expected, ordered) -> bool:
+def _same_rows(predicted, expected, ordered, names) -> bool:
     def equal(a, b):
-        return all(map(same_value, a, b))
+        return all(map(same_value, a, b, itertools.repeat(names)))
 
     same = all(map(equal, predicted, expected))
     if same or ordered:
@@ -90,7 +77,7 @@ def _same_rows(predicted, expected, ordered) -> bool:
     inexact = [any(isinstance(row[i], float) for row in expected) for i in range(len(expected[0]))]
     exact = [i for i, rounded in enumerate(inexact) if not rounded]
     columns = exact + [i for i, rounded in enumerate(inexact) if rounded]
-    keyed = [sorted(([_sortable(row[i]) for i in columns], at) for at, row in enumerate(rows)) for rows in (predicted, expected)]
+    keyed = [sorted(([_sortable(row[i], names) for i in columns], at) for at, row in enumerate(rows)) for rows in (predicted, expected)]
     if any(a[: len(exact)] != b[: len(exact)] for (a, _), (b, _) in zip(*keyed, strict=True)):
         return False
     predicted, expected = ([rows[at] for _, at in order] for rows, order in zip((predicted, expected), keyed, strict=True))
@@ -108,25 +95,26 @@ def _same_rows(predicted, expected, ordered) -> bool:
     return True
 
 
-def _sortable(value) -> tuple:
+def _sortable(value, names) -> tuple:
     """A value's place among others of any type; equal for what `same_value` takes for the same without rounding."""
     if value is None or isinstance(value, (int, float)):
         return (0, 0) if value is None else (1, value)
-    return (2, _plain(value)) if isinstance(value, str) else (3, value)
+    return (2, _plain(value, names)) if isinstance(value, str) else (3, value)
 
 
 KEPT, KEPT_VALUES = 10_000, 2_000_000  # results; values in them, about 100 bytes each
 
 
 class Judge:
-    """Execution accuracy on the real database and on two perturbed ones (test suites: Zhong et al. 2020, in Spider).
+    """Execution accuracy on a domain's database and on its other instances, two as a rule (test suites: Zhong et al. 2020, in Spider).
 
-    A prediction is right when it returns what the reference returns on all three. An instance on which a tie decides
+    A prediction is right when it returns what the reference returns on all of them. An instance on which a tie decides
     the reference's answer is skipped there; on the real database either order of the tie is accepted.
     """
 
-    def __init__(self):
-        self.workers = [safe.Worker(path) for path in (*perturbed_paths(), database_path())]  # models write what they like
+    def __init__(self, domain: Domain = FLIGHTS):
+        self.domain, paths = domain, [*domain.instances(), domain.path()]
+        self.workers = [domain.worker(path) for path in paths]  # models write what they like
         self.results: dict[tuple[int, str], safe.Result] = {}
         self.values = 0  # in these results
 
@@ -147,29 +135,29 @@ class Judge:
     def agrees(self, which: int, sql: str, reference: str, ordered: bool) -> bool:
         """Does `sql` return what `reference` does on one instance (-1: the real one)? Raises SqlError if `sql` fails."""
         got = self.run(which, sql).rows
-        if same_result(got, self.run(which, reference).rows, ordered):
+        if same_result(got, self.run(which, reference).rows, ordered, self.domain):
             return True
         ties = [self.run(which, variant).rows for variant in tie_variants(reference)]
         if which == -1:
-            return any(same_result(got, rows, ordered) for rows in ties)
+            return any(same_result(got, rows, ordered, self.domain) for rows in ties)
         return any(rows != ties[0] for rows in ties)  # a tie decides: this instance can't tell
 
     def judge(self, answer: str, reference: str, ordered: bool = False, single: bool = False) -> dict:
         """Judges one answer: {"correct", "kind", "sql"}; with `single` also "single", right on the real database alone."""
         sql = extract_sql(answer)
-        refused = REFUSAL.lower().rstrip(".") in answer.lower().replace("’", "'")
+        refused = self.domain.refuses(answer)
 
         def verdict(kind: str, lucky: bool = False) -> dict:
             return {"correct": kind == "right", "kind": kind, "sql": sql, "single": kind == "right" or lucky}
 
-        if reference == REFUSAL:
+        if reference == self.domain.refusal:
             return verdict("right" if refused and not sql else "answered the unanswerable")
         if refused or not sql:
             return verdict("refused" if refused else "no query")
         if " ".join(sql.split()) == " ".join(reference.split()):
             return verdict("right")
         try:
-            if all(self.agrees(i, sql, reference, ordered) for i in (0, 1, -1)):
+            if all(self.agrees(i, sql, reference, ordered) for i in (*range(len(self.workers) - 1), -1)):
                 return verdict("right")
             return verdict(mistake(sql, reference), lucky=single and self.agrees(-1, sql, reference, ordered))
         except safe.SqlError as error:
@@ -192,15 +180,20 @@ def mistake(sql: str, reference: str) -> str:
     return "wrong: " + (" and ".join(names[:2]) if names else "the value")
 
 
+def judge(domain: Domain = FLIGHTS) -> Judge:
+    """One judge per process and database, as it stands: it keeps results."""
+    path = domain.path()
+    return _judge(domain, path, path.stat().st_mtime_ns)
+
+
 @functools.cache
-def judge() -> Judge:
-    """One judge per process: it keeps results."""
-    return Judge()
+def _judge(domain: Domain, path: Path, changed: int) -> Judge:
+    return Judge(domain)
 
 
-def execution_accuracy(answers: list[str], questions, single: bool = False) -> list[dict]:
+def execution_accuracy(answers: list[str], questions, single: bool = False, domain: Domain = FLIGHTS) -> list[dict]:
     """One dict a question: id, intent, phrasing, correct, kind, sql (what was run); the per-question record of a run."""
     return [
-        {k: row.get(k) for k in ("id", "question", "intent", "phrasing")} | judge().judge(answer, row["sql"], bool(row.get("ordered")), single)
+        {k: row.get(k) for k in ("id", "question", "intent", "phrasing")} | judge(domain).judge(answer, row["sql"], bool(row.get("ordered")), single)
         for answer, row in zip(answers, questions, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Runs SQL that a person or a language model typed against the flights database, which it can read and nothing else.
+"""Runs SQL that a person or a language model typed against the flights database (or another), which it can read and nothing else.
 
 Two ways in. `execute` runs a query in this process, fast enough to score hundreds: SQLite refuses all but SELECT, and
 a time limit stops a slow query between two of its steps. `Worker` (or `run_untrusted`) runs it in a process of its own,
@@ -25,7 +25,7 @@ from pathlib import Path
 
 # ---------------------------------------------------------------- what is allowed, its limits and sentences
 
-TABLES = ("flights", "airports")
+TABLES = ("flights", "airports")  # of the flights database
 # An allow-list, so that what a later SQLite adds is refused until someone has looked at it. Left out on purpose:
 # load_extension and fts3_tokenizer (run code), zeroblob, randomblob, hex and json_* (no use here but to make it big).
 FUNCTIONS = frozenset(
@@ -58,20 +58,20 @@ START_SECONDS = 30  # the worker starts in 0.05 s; a laptop's virus scanner may 
 MESSAGES = {  # reason: the sentence; {detail} is SQLite's own message, which learners need
     "empty": "There is no SQL here: type one SELECT.",
     "syntax": "SQLite can't read this query ({detail}): correct it and run it again.",
-    "unknown name": "SQLite doesn't know a name in this query ({detail}): check the columns of flights and airports, put text in 'single quotes'.",
+    "unknown name": "SQLite doesn't know a name in this query ({detail}): check the columns of {tables}, put text in 'single quotes'.",
     "several statements": "Only one statement is run at a time: keep one SELECT and remove the rest.",
-    "forbidden": "Only SELECT from flights and airports is allowed here ({detail}): rewrite the query as one SELECT.",
+    "forbidden": "Only SELECT from {tables} is allowed here ({detail}): rewrite the query as one SELECT.",
     "time": "The query was stopped after {seconds:g} s: make it do less, with a narrower WHERE or one join fewer.",
     "killed": "The query was stopped with its process, which was busy for {kill_seconds:g} s: make it do less.",
     "crashed": "The query ended its process, twice, out of memory perhaps: make it do less.",
     "too large": "The query, or what it makes, is too large ({detail}): ask for fewer or shorter things.",
-    "missing database": "The flights database is missing or damaged ({detail}): delete what there is and call helpers.flights.database_path().",
+    "missing database": "The {name} database is missing or damaged ({detail}): {remedy}.",
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one query may cost. Beyond `rows` the answer is cut; beyond any other limit there is a SqlError."""
+    """What one query may read and cost. Beyond `rows` the answer is cut; beyond any other limit there is a SqlError."""
 
     seconds: float = 2.0  # wall time, checked between SQLite's steps: reason "time"
     kill_seconds: float = 3.0  # wall time after which the worker is killed, whatever it is doing: reason "killed"
@@ -80,6 +80,7 @@ class Limits:
     result_bytes: int = 2_000_000  # of all values in the answer together
     sql_bytes: int = 10_000  # of the query
     memory_mb: int = 128  # of SQLite's heap (10**6 bytes); the worker's own cap is 64 MB above it, for Python
+    tables: tuple[str, ...] = TABLES  # that may be read; none named: all that the database has
 
 
 @dataclass
@@ -116,25 +117,28 @@ def printable(text: str, keep: str = "") -> str:
 def _problem(reason: str, detail: str = "", limits: Limits = Limits()) -> SqlError:
     detail = printable(" ".join(detail.split()))  # SQLite quotes the query, lines and all
     detail = detail if len(detail) <= 200 else detail[:200] + "…"
-    return SqlError(MESSAGES[reason].format(detail=detail, **asdict(limits)), reason)
+    flights = tuple(limits.tables) == TABLES
+    words = {"tables": " and ".join(limits.tables) or "the database's tables", "name": "flights" if flights else "SQLite"}
+    words["remedy"] = "delete what there is and call helpers.flights.database_path()" if flights else "check its path, and that it is whole"
+    return SqlError(MESSAGES[reason].format(detail=detail, **asdict(limits) | words), reason)
 
 
 # ---------------------------------------------------------------- in this process
 
 
 def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
-    """Opens the flights database for reading `TABLES` and nothing else; for the thread that opens it.
+    """Opens a database for reading `limits.tables` and nothing else; for the thread that opens it.
 
-    Of `limits` only `memory_mb` counts here, and it holds for all SQLite connections of this process together: SQLite
-    has no smaller unit. Raises SqlError ("missing database") when the file is not there or not a flights database.
+    Of `limits` only `tables` and `memory_mb` count here, and the latter holds for all SQLite connections of this process together:
+    SQLite has no smaller unit. Raises SqlError ("missing database") when the file is not there or lacks one of the tables.
     """
     path = Path(path).resolve()
     if not path.is_file():  # SQLite's own message would name the path
-        raise _problem("missing database", "no such file")
+        raise _problem("missing database", "no such file", limits)
     connection = None
     try:
         # immutable: the file is renamed into place once built, so no locks and no look for a journal beside it
-        connection = sqlite3.connect(f"{_address(path)}?mode=ro&immutable=1", uri=True, isolation_level=None)
+        connection = sqlite3.connect(f"{address(path)}?mode=ro&immutable=1", uri=True, isolation_level=None)
         for pragma in (
             "query_only=ON",
             "trusted_schema=OFF",
@@ -144,13 +148,14 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
         known = {row[0].lower() for row in connection.execute("SELECT name FROM sqlite_master")}
-        if missing := set(TABLES) - known:
+        tables = frozenset(map(str.lower, limits.tables)) or frozenset(name for name in known if not name.startswith("sqlite_"))
+        if missing := tables - known:
             raise sqlite3.DatabaseError(f"no table {' or '.join(sorted(missing))}")
         known |= {row[0].lower() for row in connection.execute("PRAGMA module_list")}
     except sqlite3.Error as error:
         if connection:
             connection.close()
-        raise _problem("missing database", str(error)) from None
+        raise _problem("missing database", str(error), limits) from None
     if hasattr(connection, "enable_load_extension"):  # some builds of Python leave it out
         connection.enable_load_extension(False)
     if hasattr(connection, "setconfig"):  # Python 3.12; see _names_only for 3.11
@@ -159,11 +164,11 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
     for category, value in SQLITE_LIMITS.items():
         connection.setlimit(category, value)
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # CAST(blob AS TEXT) can make anything
-    connection.set_authorizer(_authorizer(known))
+    connection.set_authorizer(_authorizer(known, tables))
     return connection
 
 
-def _address(path) -> str:
+def address(path) -> str:
     """The path as a file: address: as_uri percent-encodes, so that a "?" in a folder's name can't start the options.
 
     SQLite takes no host in it: a Windows share, \\\\host\\folder, is written with two more slashes.
@@ -171,7 +176,7 @@ def _address(path) -> str:
     return re.sub("^file://(?=[^/])", "file:////", path.as_uri())
 
 
-def _authorizer(known: set[str]):
+def _authorizer(known: set[str], tables: frozenset[str]):
     """SQLite asks it about each thing a statement would do, before it does it; an exception in it counts as a no."""
 
     def allow(action, first, second, database, trigger) -> int:
@@ -180,7 +185,7 @@ def _authorizer(known: set[str]):
             ok = second.lower() in FUNCTIONS
         if action == sqlite3.SQLITE_READ:
             table = (first or "").lower()
-            ok = table in TABLES and database in ("main", None)
+            ok = table in tables and database in ("main", None)
             # A table read without a column (count(*)) is named as in the query, which may be the name of a CTE:
             # let through what is certainly not the name of anything real. SQLite makes some tables only when they are
             # named, hence the prefixes.
@@ -207,7 +212,7 @@ def execute(connection: sqlite3.Connection, sql: str, limits: Limits = Limits())
         cursor.execute(sql)
         if cursor.description is None:  # nothing to run, or a statement that does its work unasked (REINDEX)
             bare = re.sub(r"--[^\n]*|/\*.*?(\*/|\Z)", "", sql, flags=re.S).strip("; \t\r\n\f\ufeff")
-            raise _problem("forbidden" if bare else "empty", "not a SELECT")
+            raise _problem("forbidden" if bare else "empty", "not a SELECT", limits)
         return _collect(cursor, limits)
     except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
         reason = _reason(error)

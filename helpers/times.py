@@ -92,6 +92,8 @@ def answers(questions: int, own: int = 35, written: int = 30, shared: int = 30, 
 
 BASELINES = answers(100, 55, 50, 330) + answers(100, 35, 35, 460) + answers(100, 35, 30, 650) + answers(100, 500, 30, 330)  # of notebook 00
 
+OWN = answers(36, 20, 60, 200) + answers(36, 400, 40, 200) + answers(36)  # a second domain, at the end of notebook 03
+
 
 def lessons() -> dict[str, Work]:
     """What each notebook does, those before it finished. `rest` is loading, judging, plots and the small computations by hand."""
@@ -103,8 +105,8 @@ def lessons() -> dict[str, Work]:
         "00_start_here": BASELINES + Work(rest=25),
         "01_quantized_loading": sft(SFTRecipe(method="full", steps=12, batch_size=2)) + Work(read=2 * LINEAR * 20_000, rest=30),
         "02_lora_injection": step * 140 + answers(100) * 5 + Work(rest=40),
-        "03_sft_with_trl": step * 455 + answers(100) * 3 + answers(100, 35, 50) + Work(rest=40),
-        "04_dpo": Work(train=24 * pairs, steps=48) + step * 20 + answers(100) * 3 + answers(48) + Work(rest=40),
+        "03_sft_with_trl": step * 487 + answers(100) * 3 + answers(100, 35, 50) + OWN + Work(rest=40),
+        "04_dpo": Work(train=24 * pairs, steps=48) + step * 32 + answers(100) * 3 + answers(48) + answers(36) * 2 + Work(rest=45),
     }
 
 

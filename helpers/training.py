@@ -5,9 +5,11 @@ import json
 import time
 from pathlib import Path
 
-from helpers import dense, flights, losses, runs
+from helpers import dense, flights, losses, runs, vetting
 from helpers.adapters import export_adapter, have_adapter, is_adapter
+from helpers.domain import Domain
 from helpers.files import CourseError, write_whole
+from helpers.flights import FLIGHTS
 from helpers.models import load_model, load_tokenizer
 from helpers.recipes import SFTRecipe, memory_advice, needs_checkpointing, peft_config, step_options, training_rows, training_set
 from helpers.runtime import device, progress_bar, seed_everything
@@ -53,13 +55,13 @@ def common_settings(recipe, folder: Path) -> dict:
     } | device().flags
 
 
-def check_lengths(rows: list[dict], tokenizer, max_length: int) -> None:
+def check_lengths(rows: list[dict], tokenizer, max_length: int, domain: Domain = FLIGHTS) -> None:
     """CourseError that names each row which doesn't fit: TRL would cut the end off its answer, end of turn included, in silence."""
     found = []
     for number, row in enumerate(rows, 1):
-        if len(row["question"].encode()) + len(row["sql"].encode()) < max_length - 100:  # a token has a byte at least; a template has its own
+        if len(row["question"].encode()) + len(row["sql"].encode()) + len(domain.system_prompt.encode()) < max_length - 100:  # a token has a byte at least; a template has its own
             continue
-        turns = [turn for side in flights.prompt_completion(row).values() for turn in side]
+        turns = [turn for side in flights.prompt_completion(row, domain.system_prompt).values() for turn in side]
         if (tokens := len(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"])) > max_length:
             found.append(f"row {number} has {tokens} tokens ({row['question'][:40]!r})")
     if found:
@@ -105,8 +107,11 @@ def housekeeping(recipe: SFTRecipe) -> dict:
     }
 
 
-def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | None = None, **changes):
-    """TRL's SFTTrainer for the recipe, over `model`, with float32 adapters and what makes it quick on a CPU."""
+def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | None = None, domain: Domain = FLIGHTS, **changes):
+    """TRL's SFTTrainer for the recipe, over `model`, with float32 adapters and what makes it quick on a CPU.
+
+    `rows` with question and sql (None: the recipe's own), asked with the system prompt of `domain`; `changes` are TRL's settings.
+    """
     from trl import SFTTrainer
 
     check_targets(recipe, model)
@@ -114,13 +119,13 @@ def make_trainer(recipe: SFTRecipe, model, tokenizer, rows=None, folder: Path | 
     seed_everything(recipe.seed)
     trained = trainable_state(model) if hasattr(model, "peft_config") else None  # an adapter that goes on from where it was
     model.set_attn_implementation(device().attention)
-    chosen, config = training_rows(recipe, rows), sft_config(recipe, folder or runs.folder_for(recipe, rows, changes), **changes)
-    check_lengths(chosen, tokenizer, config.max_length)
+    chosen, config = training_rows(recipe, rows), sft_config(recipe, folder or runs.folder_for(recipe, rows, changes, domain.system_prompt), **changes)
+    check_lengths(chosen, tokenizer, config.max_length, domain)
     usual = all(getattr(config, name) == value for name, value in USUAL.items())
     trainer = (losses.cpu_trainer_class() if device().course_loss and usual else SFTTrainer)(
         model=model,
         args=config,
-        train_dataset=training_set(chosen),
+        train_dataset=training_set(chosen, domain),
         processing_class=tokenizer,
         peft_config=None if hasattr(model, "peft_config") else peft_config(recipe),
     )
@@ -254,8 +259,8 @@ def finish(trainer) -> dict:
     if done.exists() and is_adapter(folder / "adapter"):
         runs.check_adapter(folder)
         print("This very recipe was trained before: its adapter is loaded. Delete runs/ (or make course FRESH=1) to train again.")
-        set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
-        return json.loads(done.read_text(encoding="utf-8"))
+        set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / vetting.WEIGHTS))
+        return runs.history(folder)
     result = fit(trainer)
     runs.keep(folder, runs.described(trainer), export_adapter(trainer.model, folder / "adapter"))
     write_whole(done, json.dumps(result))

@@ -30,9 +30,9 @@ def test_doctor_gives_one_verdict(capsys):
     def worse():
         raise RuntimeError("broken")
 
-    assert doctor.main({"good": lambda: "fine"}) == 0
+    assert doctor.main([], {"good": lambda: "fine"}) == 0
     assert capsys.readouterr().out.endswith("Ready: this machine can run the course.\n")
-    assert doctor.main({"good": lambda: "fine", "bad": bad, "worse": worse}) == 1
+    assert doctor.main([], {"good": lambda: "fine", "bad": bad, "worse": worse}) == 1
     out = capsys.readouterr().out
     assert "PROBLEM: mend me" in out and "PROBLEM: RuntimeError: broken" in out and out.endswith("Not ready: mend bad, worse first.\n")
 

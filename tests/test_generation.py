@@ -266,7 +266,13 @@ def test_training_layers_follow_the_active_adapter_and_its_being_off():
         ("SELECT 1\n\nThis counts", False),  # a fence may follow
         ("```sql\nSELECT 1\n```", True),
         ("```sql\nSELECT 1;", True),
-        ("```sql\nSELECT 1\n\nFROM", True),
+        ("```sql\nSELECT 1\n\nFROM", False),  # a blank line in the midst of it
+        ("```sql\nSELECT 1\n\nThis", False),  # as yet a word that could become one of SQL's
+        ("```sql\nSELECT 1\n\nThis is\n", True),
+        ("```sql\nSELECT 1 -- it's; so", False),
+        ("```sql\nSELECT 1 AS \"a;", False),  # the name may be closed on this line
+        ("```sql\nSELECT 1 AS \"a;\n", True),
+        ("```sql\nWITH t AS (SELECT 1)\n\n", False),
         ("```sql\nSELECT ';'", False),
         ("SELECT 'a;", False),
         ("```\nSELECT 'it''s;' FROM flights;", True),
@@ -285,7 +291,7 @@ def test_when_an_answers_query_is_complete(answer, done):
 
 
 def test_an_answer_becomes_complete_only_at_an_ending():
-    for answer in ("```\nSELECT ';' ; x", "```sql\nSELECT 'a\n\nb'\n``` x", "```WITH t AS (SELECT 1)\n\nSELECT", "Use ```\nSELECT 1;", "```sql\nSELECT 1```"):
+    for answer in ("```\nSELECT ';' ; x", "```sql\nSELECT 'a\n\nb'\n``` x", "```WITH t AS (SELECT 1)\n\nSELECT 2\n\nSo it\nis", "Use ```\nSELECT 1;", "```sql\nSELECT 1```"):
         done = [complete(answer[:i]) for i in range(len(answer) + 1)]
         assert True in done and all(answer[i - 1] in ENDS for i in range(1, len(done)) if done[i] and not done[i - 1]), answer
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import convert, dpo, flights, jsonl, recipes, sql
+from helpers import convert, dpo, flights, jsonl, recipes, scoring, sql
 from helpers.files import CourseError
 from helpers.runtime import ROOT
 
@@ -77,10 +77,11 @@ UNFIT = {  # good JSON Lines that would teach or score something else than what 
     "the question before the query": (second(question="how many", sql="how many\nSELECT 1"), "line 2: field 'sql' begins with the text of 'question'; leave that out"),
     "the refusal with a curly apostrophe": (second(sql="The flights data can\u2019t answer that."), "line 2: field 'sql' is the refusal in other letters; write it so: The flights data can't answer that."),
     "the refusal without its full stop": (second(sql="the flights data can't answer that"), "line 2: field 'sql' is the refusal in other letters"),
-    "a blank line inside a query": (second(sql="SELECT 1\n\nFROM flights"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'; begin with SELECT or WITH, without blank lines"),
-    "a semicolon in a comment": (second(sql="SELECT 1 -- one; two\n+ 1"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1 -- one'"),
-    "a comment before the query": (second(sql="-- WITH care AS told\nSELECT 1"), "line 2: field 'sql': of an answer like this the scorer reads only"),
-    "a query that is none": (second(sql="VALUES (1)"), "line 2: field 'sql': of an answer like this the scorer reads nothing; begin with SELECT"),
+    "two queries": (second(sql="SELECT 1; SELECT 2"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'; write one query that begins with SELECT or WITH"),
+    "two queries, a blank line between": (second(sql="SELECT 1\n\nSELECT 2"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'"),
+    "a query with a word before it": (second(sql="EXPLAIN SELECT 1"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'"),
+    "a query in a fence": (second(sql="```sql\nSELECT 1\n```"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'"),
+    "a query that is none": (second(sql="VALUES (1)"), "line 2: field 'sql': of an answer like this the scorer reads nothing; write one query that begins with SELECT"),
 }
 
 
@@ -90,6 +91,15 @@ def test_a_bad_file_is_refused_with_the_remedy_for_its_kind(tmp_path, content, s
         flights.load_questions(write(tmp_path, content))
     assert says.replace("\\'", "'") in str(told.value) and "\x1b" not in str(told.value) and str(tmp_path) not in str(told.value)
     assert str(told.value).startswith("mine.jsonl was not loaded")
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT 1\n\nFROM flights", "SELECT 1 -- one; two\n+ 1", "-- WITH care AS told\nSELECT 1", "WITH a AS (\n  SELECT 1 AS n\n)\n\nSELECT n FROM a; -- done", 'SELECT 1 AS "a;b"', "/* it's\n\nso */ SELECT ';'"]
+)
+def test_sql_is_read_as_sql_does_and_scores_right_as_its_own_answer(tmp_path, sql):
+    (row,) = flights.load_questions(write(tmp_path, json.dumps({"question": "how many?", "sql": sql}).encode()))
+    assert scoring.judge().judge(row["sql"], row["sql"])["kind"] == "right"
+    assert scoring.judge().judge(f"Here it is:\n```sql\n{row['sql']}\n```\nIt's done.", row["sql"])["kind"] == "right"
 
 
 def test_no_plain_file_is_read(tmp_path):

@@ -216,7 +216,7 @@ def test_data_is_committed_with_one_kind_of_line_end():
     ],
 )
 def test_sqlite_takes_the_address_of_any_path(path, address):
-    assert sql._address(path) == address
+    assert sql.address(path) == address
     with pytest.raises(sqlite3.OperationalError, match="unable to open"):  # and not "invalid uri authority"
         sqlite3.connect(f"{address}?mode=ro", uri=True).execute("SELECT 1 FROM sqlite_master")
 

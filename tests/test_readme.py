@@ -34,6 +34,11 @@ NEEDS = {  # command: which of these it meets
 WORDS = {  # a command with words that it doesn't know: the status and what is said
     "helpers.ask": (2, "give a question in quotes"),
     "helpers.ask --stage best hello": (2, "invalid choice: 'best'"),
+    "helpers.doctor nowhere.jsonl": (1, "Can't read nowhere.jsonl"),
+    "helpers.doctor README.md": (1, "README.md was not loaded"),
+    "helpers.doctor --test x.jsonl": (2, "name the file to be looked at"),
+    "helpers.doctor nowhere.jsonl --domain nowhere.toml": (1, "Can't read nowhere.toml"),
+    "helpers.doctor nowhere.jsonl --domain README.md": (1, "README.md is not TOML"),
     "helpers.convert": (2, "the following arguments are required: file"),
     "helpers.convert nowhere.json": (1, "nowhere.json is no file"),
     "helpers.convert .": (1, "is no file"),

@@ -1,11 +1,14 @@
 """A run is what was trained, not what its folder is called: trained, interrupted or finished, one thing changed, gone on."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +118,21 @@ def test_a_run_that_goes_on_is_the_same_run(left, tmp_path, capsys, state, chang
     assert ("trained before" in capsys.readouterr().out) == (state == "finished")
 
 
+def test_the_table_of_docs_says_what_is_tested():
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs" / "runs.md").read_text(encoding="utf-8"), re.M)
+    goes_on = ("goes on from its checkpoint", "its adapter is loaded, and that is said")
+    assert rows[1:] == [(name, *(("refused", "refused") if says else goes_on)) for name, (_, says) in CHANGES.items()]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"history": 1, "seconds": 2}', '{"history": [], "seconds": "2"}', "[" * 9000])
+def test_a_damaged_history_is_one_sentence(left, tmp_path, text):
+    shutil.copytree(left / "finished", tmp_path / "mine")
+    (tmp_path / "mine" / "history.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CourseError, match="^history.json in mine/ is damaged: move the adapter elsewhere if you need it, and remove the folder to train anew.$"):
+        training.finish(sft(tmp_path / "mine"))
+    assert adapters.is_adapter(tmp_path / "mine" / "adapter")
+
+
 def test_dpo_after_sft_in_one_folder_is_refused(left, tmp_path):
     from peft import get_peft_model
 
@@ -164,6 +182,7 @@ def test_an_adapter_put_in_the_runs_place_is_not_handed_back(left, tmp_path):
 def test_other_rows_have_a_folder_of_their_own():
     own = [sft(None, data=rows(word)).args.output_dir for word in ("flights", "planes", "flights")]
     assert own[0] == own[2] != own[1] and all(RECIPE.folder().name in place and not place.endswith(RECIPE.folder().name) for place in own)
+    assert runs.folder_for(RECIPE, rows(), {}, "Query the library.") != runs.folder_for(RECIPE, rows(), {}) != RECIPE.folder()
     assert runs.folder_for(RECIPE, None, {"logging_steps": 3}) == RECIPE.folder() != runs.folder_for(RECIPE, None, {"weight_decay": 0.1})
 
 
@@ -223,6 +242,40 @@ def test_what_the_courses_trainer_does_not_know_is_left_to_trls():
             first(**{name: True})
     with pytest.raises(CourseError, match="its own is called label_smoothing"):
         dpo.make_trainer(dpo.DPORecipe(), None, None, label_smoothing_factor=0.1)
+
+
+LOSSES = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft sigmoid_norm".split()
+
+
+def test_the_losses_of_dpo_are_all_named_here():
+    from trl.trainer import dpo_trainer
+
+    assert sorted(LOSSES) == sorted(set(re.findall(r'loss_type == "(\w+)"', Path(dpo_trainer.__file__).read_text(encoding="utf-8"))))
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "weighted", "ld_alpha"])
+def test_every_loss_of_dpo_is_trls_on_a_cpu_too(tmp_path, loss):
+    import torch
+    from peft import get_peft_model
+
+    pairs = [{"prompt": f"how many {i}", "chosen": f"SELECT COUNT(*) AS flights FROM flights WHERE day = {i}", "rejected": f"SELECT {i}"} for i in range(1, 9)]
+    options = {"weighted": {"use_weighting": True}, "ld_alpha": {"ld_alpha": 0.5}}.get(loss) or {"loss_type": [loss]}
+    options |= {"label_smoothing": 0.1} if loss in ("robust", "exo_pair") else {}
+    found = []
+    for course_loss in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            here = replace(dpo.device(), course_loss=course_loss)
+            patch.setattr(dpo, "device", functools.partial(dict.get, {"": here}, ""))
+            model = get_peft_model(tiny(), recipes.lora_config(RECIPE))
+            trainer = dpo.make_trainer(dpo.DPORecipe(start=RECIPE, beta=0.3, batch_size=4), model, models.load_tokenizer(), pairs, tmp_path / str(course_loss), probe=4, bf16=False, fp16=False, **options)
+        torch.manual_seed(1)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        found.append((type(trainer).__name__, float(trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset))).detach())))
+    (theirs, expected), (ours, loss_here) = found
+    assert theirs == "DPOTrainer" and ours == ("DPOTrainer" if loss == "weighted" else "CpuDPOTrainer")
+    assert loss_here == pytest.approx(expected, rel=1e-4, abs=1e-5) and abs(expected - 0.6931) > 1e-4
 
 
 @pytest.mark.parametrize(("variable", "function"), [("COURSE_RUNS", "runs_dir"), ("COURSE_CACHE", "cache_dir")])

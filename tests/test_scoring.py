@@ -22,6 +22,16 @@ EXTRACT = {
     "Here: with a as (select 1) select * from a": "with a as (select 1) select * from a",
     "WITH RECURSIVE t(n) AS (SELECT 1) SELECT n FROM t": "WITH RECURSIVE t(n) AS (SELECT 1) SELECT n FROM t",
     "```sql\nSELECT 1;\n```\n```sql\nSELECT 2\n```": "SELECT 1",
+    "-- count them; all\nSELECT COUNT(*) -- don't; stop\n\nFROM flights": "SELECT COUNT(*) -- don't; stop\n\nFROM flights",
+    "-- SELECT 2 would be wrong\nSELECT 1": "SELECT 1",
+    "/* SELECT 2; */ SELECT 1 /* ; */ + 1": "SELECT 1 /* ; */ + 1",
+    'SELECT 1 AS "a;b"': 'SELECT 1 AS "a;b"',
+    'SELECT 1 AS "a\n;b': 'SELECT 1 AS "a',
+    "SELECT origin,\n\n  dest\n \nfrom flights\n\nWHERE month = 1": "SELECT origin,\n\n  dest\n \nfrom flights\n\nWHERE month = 1",
+    "SELECT COUNT(\n\n*)": "SELECT COUNT(\n\n*)",
+    "WITH a AS (\nSELECT 1\n)\n\nSELECT * FROM a\n\nSELECT 2": "WITH a AS (\nSELECT 1\n)\n\nSELECT * FROM a",
+    "SELECT dest FROM flights\n\nFrom this we see": "SELECT dest FROM flights",
+    "SELECT dest FROM flights\n\nSELECT origin FROM flights": "SELECT dest FROM flights",
     "I can't help with that.": "",
     "": "",
     "The selection is yours": "",
@@ -53,7 +63,7 @@ def test_extract_sql(answer, expected):
     ],
 )
 def test_same_value(predicted, expected, same):
-    assert same_value(predicted, expected) is same
+    assert same_value(predicted, expected, flights.names()) is same
 
 
 @pytest.mark.parametrize(
@@ -300,6 +310,12 @@ def test_paired_difference():
     assert intervals.paired_difference(a, a) == (0.0, 0.0, 0.0)
     with pytest.raises(CourseError, match="same questions"):
         intervals.paired_difference(a, b[::-1])
+    own = [{"id": None, "question": f"q{i}", "correct": i > 1} for i in range(4)]  # a file of one's own without ids
+    assert intervals.paired_difference(own, own) == (0.0, 0.0, 0.0)
+    with pytest.raises(CourseError, match="the same questions"):
+        intervals.paired_difference(own, own[::-1])
+    with pytest.raises(CourseError, match="the same questions"):
+        intervals.pooled([own, own[::-1]])
 
 
 def test_pooled_seeds_count_by_their_share():

@@ -40,13 +40,13 @@ def made(short_model, tmp_path_factory):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_adapters_of_every_recipe_load(made, name):
     config = vetting.check(made[name])
-    assert config["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     model = adapters.load_adapter(made[name], bits=16)
     assert model.active_peft_config.peft_type.value == config["peft_type"]
 
 
 def test_the_hubs_name_of_the_base_does_too(made, tmp_path):
-    assert vetting.check(changed(made, tmp_path, base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct"))
+    assert vetting.check(changed(made, tmp_path, base_model_name_or_path="SmolLM2-135M-Instruct"))  # as the course wrote it before
 
 
 def test_what_peft_itself_saves_differs_by_its_card_alone(made, tmp_path):
