@@ -59,8 +59,8 @@ def read_manifest() -> dict:
         if not whole or not kit["files"]:
             raise damaged
         for name, made in kit["files"].items():
-            # within the kit: no way up, no other disk, none of Windows' separators
-            plain = re.fullmatch(r"[^\\/:\x00-\x1f\x7f]+(/[^\\/:\x00-\x1f\x7f]+)*", name) and not {".", ".."} & set(name.split("/"))
+            # within the kit: no way up, no other disk, none of Windows' separators, no half a character, which no file's name has
+            plain = re.fullmatch(r"[^\\/:\x00-\x1f\x7f\ud800-\udfff]+(/[^\\/:\x00-\x1f\x7f\ud800-\udfff]+)*", name) and not {".", ".."} & set(name.split("/"))
             said = isinstance(made, dict) and isinstance(made.get("sha256"), str) and type(made.get("size")) is int
             if not plain or not said:
                 raise damaged

@@ -111,10 +111,9 @@ def _pairs(path: Path, domain: Domain) -> dict[str, str]:
     pairs, tokenizer, recipe = dpo.load_pairs(path), load_tokenizer(), dpo.DPORecipe()
     tokens = {side: [len(dpo.encode(tokenizer, pair["prompt"], pair[side], domain)[0]) for pair in pairs] for side in ("chosen", "rejected")}
     longer = sum(a > b for a, b in zip(tokens["chosen"], tokens["rejected"], strict=True)) / len(pairs)
-    shared = sum(pair["chosen"][:6] == pair["rejected"][:6] for pair in pairs)
     reads = recipe.steps * recipe.batch_size / len(pairs)
     return {
-        "rows": f"{len(pairs):,} pairs on {len({pair['prompt'] for pair in pairs}):,} prompts; {shared:,} begin alike on both sides",
+        "rows": f"{len(pairs):,} pairs on {len({pair['prompt'] for pair in pairs}):,} prompts",
         "lengths": _lengths([max(both) for both in zip(*tokens.values(), strict=True)], recipe.max_length),
         "bias": f"the chosen answer is the longer one in {longer:.0%}" + ("; DPO may learn length instead of what you mean" if longer > 0.8 else ""),
         "training": f"{recipe.steps} steps of {recipe.batch_size} pairs read each {reads:.1f} times, {times.spell(times.seconds(times.dpo(recipe)))} on this machine",

@@ -9,6 +9,7 @@ COMMENTS = re.compile(r"^[ \t]*--[^\n]*|/\*.*?(?:\*/|\Z)", re.S | re.M)  # befor
 PIECE = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\n]|"")*"|--[^\n]*|/\*.*?(?:\*/|\Z)|\n\s*\n|[^-'"();\n/]+|.""", re.S)
 WORDS = "FROM WHERE GROUP HAVING ORDER LIMIT OFFSET UNION EXCEPT INTERSECT JOIN INNER LEFT CROSS NATURAL ON USING AND OR WINDOW AS".split()
 GOES_ON = re.compile(rf"(?:{'|'.join([*WORDS, *map(str.lower, WORDS)])})\b|[(),]")  # what stands behind a blank line inside a query
+SELECT, SPACES, LAST = re.compile(r"\bSELECT\b", re.I), re.compile(r"\s*"), re.compile(r"(\S)\s*\Z")
 
 ENDS = ";`\n"  # without one of these in it, no further piece of an answer makes it `complete`
 
@@ -20,19 +21,19 @@ def _query(text: str) -> tuple[str, bool]:
     """
     depth, selected, quote = 0, False, False
     for piece in PIECE.finditer(text):
-        said, before, rest = piece[0], text[: piece.start()], text[piece.end() :]
+        said, start, end = piece[0], piece.start(), piece.end()
         if said == "'":  # of a text that isn't closed, as yet
-            return before, False
+            return text[:start], False
         if said == ";":
-            return before, not quote or "\n" in rest
+            return text[:start], not quote or "\n" in text[end:]
         if said.isspace() and said.count("\n") > 1:
-            rest = rest.lstrip()
-            inside = depth or before.rstrip().endswith(",") or GOES_ON.match(rest)
-            begins = not selected and re.match(r"SELECT\b|\Z", rest, re.I)  # a WITH, and here is its SELECT
+            rest, last = SPACES.match(text, end).end(), LAST.search(text, max(0, start - 80), start)
+            inside = depth or (last and last[1] == ",") or GOES_ON.match(text, rest)
+            begins = not selected and (rest == len(text) or SELECT.match(text, rest))  # a WITH, and here is its SELECT
             if not (inside or begins):
-                return before, re.search(f"[{ENDS}]", rest) is not None
+                return text[:start], re.search(f"[{ENDS}]", text[rest:]) is not None
         depth = max(0, depth + {"(": 1, ")": -1}.get(said, 0))
-        selected = selected or (not depth and re.search(r"\bSELECT\b", said, re.I) is not None)
+        selected = selected or (not depth and SELECT.search(said) is not None)
         quote = said == '"' or (quote and "\n" not in said)  # of a name that isn't closed: it may be, on the same line
     return text, False
 

@@ -173,6 +173,8 @@ def check_readable(query: str, refusal: str = REFUSAL) -> None:
     """CourseError for a reference that could not be answered: a refusal in other letters, or SQL of which `extract_sql` reads a part."""
     if query == refusal:
         return
+    if (size := len(query.encode())) > sql.Limits.sql_bytes:
+        raise CourseError(f"field 'sql' has {size:,} bytes; a query may have {sql.Limits.sql_bytes:,}")
     if re.sub(r"[^a-z]", "", query.lower()) == re.sub(r"[^a-z]", "", refusal.lower()):
         raise CourseError(f"field 'sql' is the refusal in other letters; write it so: {refusal}")
     if not reads_whole(query):

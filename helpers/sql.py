@@ -332,6 +332,10 @@ class Worker(contextlib.AbstractContextManager):
     def __exit__(self, *_) -> None:
         self.close()
 
+    def __reduce__(self):
+        """A copy starts a process of its own. (datasets pickles what a filter's function names, this module and its workers included.)"""
+        return Worker, (self.path, self.limits)
+
     def _let_go(self) -> None:
         """In a fork: the process and its pipes are the parent's alone."""
         process, self._process, self._lock = self._process, None, threading.Lock()

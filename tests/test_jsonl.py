@@ -77,6 +77,7 @@ UNFIT = {  # good JSON Lines that would teach or score something else than what 
     "the question before the query": (second(question="how many", sql="how many\nSELECT 1"), "line 2: field 'sql' begins with the text of 'question'; leave that out"),
     "the refusal with a curly apostrophe": (second(sql="The flights data can\u2019t answer that."), "line 2: field 'sql' is the refusal in other letters; write it so: The flights data can't answer that."),
     "the refusal without its full stop": (second(sql="the flights data can't answer that"), "line 2: field 'sql' is the refusal in other letters"),
+    "a query too long to be run": (second(sql="SELECT " + "(" * 10_000), "line 2: field 'sql' has 10,007 bytes; a query may have 10,000"),
     "two queries": (second(sql="SELECT 1; SELECT 2"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'; write one query that begins with SELECT or WITH"),
     "two queries, a blank line between": (second(sql="SELECT 1\n\nSELECT 2"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'"),
     "a query with a word before it": (second(sql="EXPLAIN SELECT 1"), "line 2: field 'sql': of an answer like this the scorer reads only 'SELECT 1'"),

@@ -197,6 +197,17 @@ def test_names_only_changes_nothing_but_names(query, expected):
     assert sql._names_only(query) == expected
 
 
+def test_a_copy_of_a_worker_starts_a_process_of_its_own(db):
+    with sql.Worker(db, sql.Limits(rows=1)) as worker:
+        worker.run("SELECT 1")
+        with pickle.loads(pickle.dumps(worker)) as copy:
+            assert copy.run("SELECT month FROM flights").truncated and copy._process.pid != worker._process.pid
+    hashed = "from datasets.fingerprint import Hasher\nprint(Hasher.hash(lambda row: row['sql'] != flights.REFUSAL))"
+    code = f"from helpers import flights, sql\nworker = sql.Worker(flights.database_path())\nworker.run('SELECT 1')\n{hashed}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(sql.__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_names_only_is_what_python_311_uses(db, monkeypatch):
     class Old(sqlite3.Connection):  # looks like Python 3.11's: no setconfig
         def __getattribute__(self, name):
