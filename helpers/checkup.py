@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from helpers import dpo, flights, generation, jsonl, prefix, recipes, times
+from helpers import dpo, flights, generation, jsonl, prefix, recipes, times, training
 from helpers.domain import Domain
 from helpers.files import CourseError
 from helpers.flights import FLIGHTS
@@ -38,8 +38,7 @@ def _holds_pairs(path: Path) -> bool:
 
 def _questions(path: Path, domain: Domain, test) -> dict[str, str]:
     rows, tokenizer, recipe = list(flights.load_questions(path, domain=domain)), load_tokenizer(), recipes.SFTRecipe()
-    chats = [[turn for side in flights.prompt_completion(row, domain.system_prompt).values() for turn in side] for row in rows]
-    ids = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+    ids = [training.row_ids(row, tokenizer, domain) for row in rows]
     answers = [len(tokenizer(row["sql"])["input_ids"]) for row in rows]
     refusals = sum(row["sql"] == domain.refusal for row in rows)
     kinds = len({row["sql"] for row in rows} - {domain.refusal})

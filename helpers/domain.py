@@ -76,8 +76,8 @@ def read(path: str | Path) -> Domain:
     for name, value in said.items():
         if name not in kinds:
             raise CourseError(f"{path.name}: {name!r} is nothing that a domain has; there are {', '.join(kinds)}.")
-        texts = value if kinds[name] is list and isinstance(value, list) else [value]
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts) or (kinds[name] is list) != isinstance(value, list):
+        texts = [value] if kinds[name] is str else value if isinstance(value, list) else []
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise CourseError(f"{path.name}: {name} must be {'a list of texts' if kinds[name] is list else 'a text'}, and not empty.")
     more = {"system_prompt": said["system_prompt"].strip()} if "system_prompt" in said else {}
     return Domain(path.parent / said["database"], said["schema_prompt"].strip(), said["refusal"].strip(), tables=tuple(said.get("tables", ())), **more)

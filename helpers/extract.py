@@ -4,9 +4,10 @@ import re
 
 FENCE = re.compile(r"```(?:\w+)?\s*\n?(.*?)(```|\Z)", re.S)
 START = re.compile(r"\bSELECT\b|\bWITH\s+(RECURSIVE\s+)?\w+\s*(\([^)]*\)\s*)?AS\b", re.I)
-COMMENTS = re.compile(r"^[ \t]*--[^\n]*|/\*.*?(?:\*/|\Z)", re.S | re.M)  # before a query: a dash in the midst of a line may be prose
+COMMENT = r"--[^\n]*|/\*.*?(?:\*/|\Z)"
+COMMENTS = re.compile(rf"^[ \t]*{COMMENT}", re.S | re.M)  # before a query: a dash in the midst of a line may be prose
 # A text in quotes is one piece, however many lines it has; so are a quoted name and a comment
-PIECE = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\n]|"")*"|--[^\n]*|/\*.*?(?:\*/|\Z)|\n\s*\n|[^-'"();\n/]+|.""", re.S)
+PIECE = re.compile(rf"""'(?:[^']|'')*'|"(?:[^"\n]|"")*"|{COMMENT}|\n\s*\n|[^-'"();\n/]+|.""", re.S)
 WORDS = "FROM WHERE GROUP HAVING ORDER LIMIT OFFSET UNION EXCEPT INTERSECT JOIN INNER LEFT CROSS NATURAL ON USING AND OR WINDOW AS".split()
 GOES_ON = re.compile(rf"(?:{'|'.join([*WORDS, *map(str.lower, WORDS)])})\b|[(),]")  # what stands behind a blank line inside a query
 SELECT, SPACES, LAST = re.compile(r"\bSELECT\b", re.I), re.compile(r"\s*"), re.compile(r"(\S)\s*\Z")
@@ -69,4 +70,4 @@ def reads_whole(query: str) -> bool:
     if not (read := extract_sql(query)):
         return False
     before, _, after = query.partition(read)
-    return not re.sub(r"--[^\n]*|/\*.*?(?:\*/|\Z)|[;\s]", "", f"{before}\n{after}", flags=re.S)
+    return not re.sub(rf"{COMMENT}|[;\s]", "", f"{before}\n{after}", flags=re.S)

@@ -55,14 +55,19 @@ def common_settings(recipe, folder: Path) -> dict:
     } | device().flags
 
 
+def row_ids(row: dict, tokenizer, domain: Domain = FLIGHTS) -> list[int]:
+    """Token ids of a training row as it is learnt: the whole conversation, its answer included."""
+    turns = [turn for side in flights.prompt_completion(row, domain.system_prompt).values() for turn in side]
+    return tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+
+
 def check_lengths(rows: list[dict], tokenizer, max_length: int, domain: Domain = FLIGHTS) -> None:
     """CourseError that names each row which doesn't fit: TRL would cut the end off its answer, end of turn included, in silence."""
     found = []
     for number, row in enumerate(rows, 1):
         if len(row["question"].encode()) + len(row["sql"].encode()) + len(domain.system_prompt.encode()) < max_length - 100:  # a token has a byte at least; a template has its own
             continue
-        turns = [turn for side in flights.prompt_completion(row, domain.system_prompt).values() for turn in side]
-        if (tokens := len(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"])) > max_length:
+        if (tokens := len(row_ids(row, tokenizer, domain))) > max_length:
             found.append(f"row {number} has {tokens} tokens ({row['question'][:40]!r})")
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""

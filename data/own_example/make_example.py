@@ -21,7 +21,7 @@ MEMBERS = ["Amal Haddad", "Bea Novak", "Chidi Eze", "Dora Lind", "Emil Kraus", "
 MEMBERS += ["Kofi Mensah", "Lena Vogt", "Mateo Cruz", "Nora Dahl", "Omar Said", "Petra Kos", "Quinn Reed", "Rosa Lima", "Sven Berg", "Tilda Moss"]
 DISTRICTS = ["North", "Mill Lane", "Harbour", "Old Town", "Riverside"]
 SEASON = {"garden": (4, 5, 6, 7, 8, 9, 10), "camping": (5, 6, 7, 8, 9)}
-LOANS = 620
+LOANS, ALLOWED = 620, 7  # how many; days that one may last
 
 
 def rows(seed: int = 2024):
@@ -35,10 +35,8 @@ def rows(seed: int = 2024):
         month = rng.choice(SEASON.get(category, range(1, 13)))
         day = datetime.date(2024, month, rng.randint(1, 28))
         member = rng.choice(MEMBERS)
-        kept, late = rng.choice([1, 1, 2, 2, 2, 3, 3, 4, 5, 7, 7, 9, 14]), 0
-        allowed = 7
-        if kept > allowed:
-            late = kept - allowed
+        kept = rng.choice([1, 1, 2, 2, 2, 3, 3, 4, 5, 7, 7, 9, 14])
+        late = max(0, kept - ALLOWED)
         out = month == 12 and day.day > 20 and rng.random() < 0.5  # not yet back
         rating = rng.choice([None, None, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5])
         fee = round(daily * kept + 2 * late, 2)
