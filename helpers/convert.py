@@ -28,18 +28,24 @@ TURNS = {"user": "question", "human": "question", "assistant": "sql", "gpt": "sq
 def records(path: Path) -> list:
     """What the file holds, one a row, whatever form it is in."""
     try:
-        if not path.is_file() or path.stat().st_size > jsonl.MAX_BYTES:
-            raise CourseError(f"{path.name} is no file, or has more than {jsonl.MAX_BYTES / 1e6:,.0f} MB: give the path of a smaller file.")
+        if not path.is_file():
+            raise CourseError(f"{path.name} is no file: check the path.")
+        if path.stat().st_size > jsonl.MAX_BYTES:
+            raise CourseError(f"{path.name} has more than {jsonl.MAX_BYTES / 1e6:,.0f} MB: give the path of a smaller file.")
         raw = path.read_bytes()
     except OSError as error:
         raise CourseError(f"Can't read {path.name}: {error.strerror}. Check the path.") from None
+    if raw[:2] == b"PK":
+        raise CourseError(f"{path.name} is a spreadsheet or another packed file: save the sheet as CSV (UTF-8) first.")
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         raise CourseError(f"{path.name} is not UTF-8 text: save it as UTF-8 first.") from None
+    if not text.strip():
+        raise CourseError(f"{path.name} is empty.")
     try:
         if text.lstrip()[:1] not in ("[", "{"):
-            return list(csv.DictReader(io.StringIO(text, newline=""), dialect=csv.Sniffer().sniff(text[:10_000], ",;\t")))
+            return table(text)
         try:
             whole = json.loads(text)
         except ValueError:  # one a line, then
@@ -49,10 +55,20 @@ def records(path: Path) -> list:
         raise CourseError(f"{path.name} is neither JSON, JSON Lines nor a table ({str(error)[:100]}): mend that first.") from None
 
 
+def table(text: str) -> list[dict]:
+    """The rows of a table with commas, semicolons or tabs. ValueError where a row has more cells than the first line has names."""
+    first = text.lstrip().split("\n", 1)[0]
+    found = list(csv.DictReader(io.StringIO(text.lstrip(), newline=""), delimiter=max(",;\t", key=first.count)))
+    if wide := next((number for number, row in enumerate(found, 2) if None in row), None):
+        raise ValueError(f"line {wide} has more cells than the first line has names: put a text that has the separator in it in double quotes")
+    return found
+
+
 def turned(record, fields: tuple[str, ...]) -> dict[str, str]:
     """One row in the course's form. Problem: what it lacks."""
     if not isinstance(record, dict):
         raise Problem("no fields with names; write one object for each row")
+    record = {str(name).strip().lower(): value for name, value in record.items()}
     for turns in (record.get("conversations"), record.get("messages")):
         if isinstance(turns, list) and "chosen" not in fields:
             record = record | _said(turns)
@@ -82,7 +98,7 @@ def _said(turns: list) -> dict[str, str]:
 def convert(path: Path) -> Path:
     """Writes NAME.course.jsonl beside the file; returns it. CourseError for what can't be turned, each row named."""
     found = records(path)
-    pairs = bool(found) and isinstance(found[0], dict) and {"chosen", "rejected"} <= found[0].keys()
+    pairs = bool(found) and isinstance(found[0], dict) and {"chosen", "rejected"} <= {str(name).strip().lower() for name in found[0]}
     fields = ("prompt", "chosen", "rejected") if pairs else ("question", "sql")
     rows, problems = [], []
     for number, record in enumerate(found, 1):
@@ -94,8 +110,13 @@ def convert(path: Path) -> Path:
         more = f"\n  … and {len(problems) - jsonl.SHOWN} more" if len(problems) > jsonl.SHOWN else ""
         raise CourseError(f"{path.name} was not converted:\n  " + "\n  ".join(problems[: jsonl.SHOWN] or ["there are no rows in it"]) + more)
     target = path.with_name(f"{path.stem}.course.jsonl")
+    if target.exists():
+        raise CourseError(f"{target.name} is there already: move it away, or delete it, to write it anew.")
     write_whole(target, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII: half a character stays visible, and is named when it is read
-    print(f"{target.name}: {len(rows):,} rows with {', '.join(fields)}")
+    known = {name for field in fields for name in NAMES[field]} | {"conversations", "messages"}
+    spare = sorted({str(name).strip().lower() for record in found if isinstance(record, dict) for name in record if name is not None} - known)
+    left = f"; left out: {', '.join(map(ascii, spare[:8]))}{' …' if len(spare) > 8 else ''}" if spare else ""
+    print(f"{target.name}: {len(rows):,} rows with {', '.join(fields)}{left}")
     return target
 
 

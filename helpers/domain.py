@@ -68,7 +68,11 @@ def read(path: str | Path) -> Domain:
         said = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CourseError(f"Can't read {path.name}: {error.strerror}. Give the path of a TOML file such as data/own_example/domain.toml.") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML
+    except UnicodeDecodeError:
+        raise CourseError(f"{path.name} is not UTF-8 text: save it as UTF-8.") from None
+    except (ValueError, RecursionError) as error:
+        if "\\" in path.read_text(encoding="utf-8-sig") and "nvalid hex" in str(error) or "nescaped '\\'" in str(error):
+            raise CourseError(f"{path.name}: a backslash in double quotes means something else in TOML; write the path with / or in single quotes.") from None
         raise CourseError(f"{path.name} is not TOML ({str(error)[:100]}): compare it with data/own_example/domain.toml.") from None
     kinds = {"database": str, "schema_prompt": str, "refusal": str, "system_prompt": str, "tables": list}
     if missing := [name for name in ("database", "schema_prompt", "refusal") if name not in said]:
@@ -80,7 +84,24 @@ def read(path: str | Path) -> Domain:
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise CourseError(f"{path.name}: {name} must be {'a list of texts' if kinds[name] is list else 'a text'}, and not empty.")
     more = {"system_prompt": said["system_prompt"].strip()} if "system_prompt" in said else {}
-    return Domain(path.parent / said["database"], said["schema_prompt"].strip(), said["refusal"].strip(), tables=tuple(said.get("tables", ())), **more)
+    about = Domain(path.parent / Path(said["database"]).expanduser(), said["schema_prompt"].strip(), said["refusal"].strip(), tables=tuple(said.get("tables", ())), **more)
+    _check_tables(about, path.name)
+    return about
+
+
+def _check_tables(about: Domain, name: str) -> None:
+    """CourseError where the database lacks a table that the description names, or has none."""
+    try:
+        path = about.path()
+        with contextlib.closing(sqlite3.connect(f"{sql.address(path.resolve())}?mode=ro&immutable=1", uri=True)) as connection:
+            there = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'")]
+    except CourseError as error:
+        raise CourseError(f"{name}: {error}") from None
+    except sqlite3.Error as error:
+        raise CourseError(f"{name}: {path.name} can't be read ({error}): is it whole?") from None
+    if lacking := [table for table in about.tables if table.lower() not in map(str.lower, there)] or ([] if there else ["at all"]):
+        tables = ", ".join(map(sql.printable, there[:8])) or "none"
+        raise CourseError(f"{name}: no table {' or '.join(lacking)} in {path.name}; its tables: {tables}. A view can't be read: make it a table.")
 
 
 def halves(database: Path) -> list[Path]:

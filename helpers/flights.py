@@ -180,7 +180,7 @@ def check_readable(query: str, refusal: str = REFUSAL) -> None:
     if not reads_whole(query):
         read = extract_sql(query)
         reads = f"only {read[:60]!r}" if read else "nothing"
-        raise CourseError(f"field 'sql': of an answer like this the scorer reads {reads}; write one query that begins with SELECT or WITH")
+        raise CourseError(f"field 'sql': of an answer like this the scorer reads {reads}; write one query that begins with SELECT or WITH, or exactly the refusal: {refusal}")
 
 
 def load_questions(split: str | Path, half: str | None = None, domain: Domain = FLIGHTS):

@@ -81,7 +81,9 @@ def test_a_worker_reads_the_tables_that_the_domain_names_and_no_other(tmp_path):
         (b"database = 'x.db'\nrefusal = 'no'", "lacks schema_prompt: compare it with data/own_example/domain.toml"),
         (b"", "lacks database and schema_prompt and refusal"),
         (b"database: x", "is not TOML"),
-        (b"\xff\xfe", "is not TOML"),
+        (b"\xff\xfe", "is not UTF-8 text: save it as UTF-8"),
+        (b'database = "C:\\Users\\me\\own.db"', "a backslash in double quotes means something else in TOML; write the path with / or in single quotes"),
+        (b"database = 'x.db'\nschema_prompt = 's'\nrefusal = 'n'", "own.toml: x.db is no SQLite database, or isn't there: check the path."),
         (b"database = 1\nschema_prompt = 's'\nrefusal = 'n'", "database must be a text, and not empty"),
         (b"database = 'd'\nschema_prompt = ' '\nrefusal = 'n'", "schema_prompt must be a text, and not empty"),
         (b"database = 'd'\nschema_prompt = 's'\nrefusal = 'n'\ntables = 'loans'", "tables must be a list of texts, and not empty"),
@@ -103,7 +105,11 @@ def test_a_description_is_read(tmp_path):
         domain.read(tmp_path / "nowhere.toml")
     text = b"\xef\xbb\xbfdatabase = 'd.db'\nschema_prompt = '''\nTable t.\n'''\nrefusal = 'No.'\nsystem_prompt = 'Go'\ntables = ['t']\n"
     (tmp_path / "own.toml").write_bytes(text)
+    database(tmp_path, "d.db", "CREATE TABLE t (a)", "CREATE VIEW v AS SELECT a FROM t")
     assert domain.read(tmp_path / "own.toml") == Domain(tmp_path / "d.db", "Table t.", "No.", "Go", ("t",))
+    (tmp_path / "own.toml").write_bytes(text.replace(b"['t']", b"['T', 'v']"))
+    with pytest.raises(CourseError, match=r"^own.toml: no table v in d.db; its tables: t. A view can't be read: make it a table.$"):
+        domain.read(tmp_path / "own.toml")
     assert LIBRARY.system_prompt == "Answer with SQL." and LIBRARY.refusal in LIBRARY.schema_prompt
 
 
@@ -255,10 +261,12 @@ def test_doctor_tells_what_a_file_is_like(capsys):
     assert doctor.main([str(OWN / "train.jsonl"), "--domain", str(OWN / "domain.toml"), "--test", str(OWN / "test.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "64 questions: 58 with one of 57 queries, 6 refusals\n" in out or "64 questions: 58 with one of 58 queries, 6 refusals\n" in out
-    assert "max_length is 256: all fit" in out and "no two questions have the same words" in out and "0 of 36 questions of test.jsonl stand in it, and " in out
-    assert "440 steps of 8 read each row 55.0 times" in out and "take fewer steps" in out and out.endswith("It can be trained on.\n")
-    assert doctor.main([str(OWN / "pairs.jsonl")]) == 0
+    assert "206 to 237 tokens a row, the description's 179 included; max_length is 256: all fit" in out and "no two questions have the same words" in out
+    assert "0 of 36 questions of test.jsonl stand in it, and " in out and "every query of train.jsonl returns something; every query of test.jsonl returns something" in out
+    assert "64 steps of 4 read each row 4.0 times" in out and "(recipes.few_rows, with the description in the prompt" in out and out.endswith("It can be trained on.\n")
+    assert doctor.main([str(OWN / "pairs.jsonl"), "--domain", str(OWN / "domain.toml"), "--test", str(OWN / "train.jsonl")]) == 0
     out = capsys.readouterr().out
+    assert "answers   all run\n" in out and "45 of 64 questions of train.jsonl stand in it (rows 1, 2, 3 …): take them out" in out
     assert "45 pairs on 45 prompts" in out and "the chosen answer is the longer one in 100%; DPO may learn length" in out
 
 
@@ -272,6 +280,16 @@ def test_doctor_names_what_would_go_wrong(tmp_path, capsys):
     assert found["overlap"].count(" questions of ") == 5 and "of 382 questions of test stand in it" in found["overlap"]
     with pytest.raises(CourseError, match="mine.jsonl is its own test file"):
         checkup.examine(path, test=path)
+    assert "440 steps of 8 read each row 1173.3 times" in found["training"] and "take fewer steps" in found["training"]
+    lines(path, good | {"sql": "SELECT COUNT(*) FROM flights WHERE origin = 'BOS'"}, good | {"question": "count them"})
+    found = checkup.examine(path, test=lines(tmp_path / "test.jsonl", good))
+    assert found["results"] == "mine.jsonl: row 1 give nothing, NULL or a lone 0, as a query with a wrong value does: ask for something that is there; every query of test.jsonl returns something"
+    assert "1 of 1 questions of test.jsonl stand in it (row 1): take them out, and 100% of its word triples (only 1 questions" in found["overlap"]
+    pair = {"prompt": "p", "chosen": "SELECT COUNT(*) FROM nowhere", "rejected": "none"}
+    assert checkup.examine(lines(path, pair, pair | {"prompt": "q", "chosen": "SELECT 1"}))["answers"] == "1 chosen answers don't run (row 1); 2 rejected answers don't run (rows 1, 2)"
+    lines(path, {"prompt": "p", "rejcted": "SELECT 1", "chosen": "SELECT 2"})
+    with pytest.raises(CourseError, match="line 1: field 'rejected' is missing"):
+        checkup.examine(path)
     path.write_text("{broken\n", encoding="utf-8")
     assert doctor.main([str(path)]) == 1
     told = capsys.readouterr()
@@ -279,7 +297,7 @@ def test_doctor_names_what_would_go_wrong(tmp_path, capsys):
 
 
 def test_without_a_test_file_the_doctor_says_what_one_is_for():
-    assert checkup._overlap([{"question": "a"}], Path("mine.jsonl"), LIBRARY, None).startswith("no test file was named (--test FILE)")
+    assert checkup._overlap(["a"], Path("mine.jsonl"), LIBRARY, None).startswith("no test file was named (--test FILE)")
 
 
 def test_the_runtime_knows_the_examples_place():

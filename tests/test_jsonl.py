@@ -256,6 +256,7 @@ SAME = {
     "an object": json.dumps(ROW, indent=1),
     "JSON Lines": json.dumps(ROW),
     "a table": "question,sql\nhow many?,SELECT COUNT(*) FROM flights\n",
+    "a table with capitals": "Question,SQL\nhow many?,SELECT COUNT(*) FROM flights\n",
     "a table with semicolons": '"question";"sql"\r\n"how many?";"SELECT COUNT(*) FROM flights"\r\n',
     "Alpaca": json.dumps({"instruction": "how many?", "input": "", "output": ROW["sql"]}),
     "ShareGPT": json.dumps([{"conversations": [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": ROW["sql"]}]}]),
@@ -280,6 +281,14 @@ def test_pairs_and_inputs_are_converted(tmp_path):
     assert dpo.load_pairs(convert.convert(tmp_path / "pairs.json")) == [{"prompt": "a", "chosen": "SELECT 1", "rejected": "SELECT 2"}]
     (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "count", "input": "flights", "output": "SELECT 1"}]), encoding="utf-8")
     assert flights.read_jsonl(convert.convert(tmp_path / "alpaca.json")) == [{"question": "count\nflights", "sql": "SELECT 1"}]
+    with pytest.raises(CourseError, match="^alpaca.course.jsonl is there already: move it away"):
+        convert.convert(tmp_path / "alpaca.json")
+
+
+def test_what_a_conversion_leaves_out_is_told(tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("Question;SQL;Rating;who\nhow many?;SELECT 1;3;me\n", encoding="utf-8")
+    convert.convert(tmp_path / "mine.csv")
+    assert capsys.readouterr().out == "mine.course.jsonl: 1 rows with question, sql; left out: 'rating', 'who'\n"
 
 
 @pytest.mark.parametrize(
@@ -289,9 +298,11 @@ def test_pairs_and_inputs_are_converted(tmp_path):
         (b'[{"a": "b"}]', r"row 1: no text for 'question' \(looked for question, instruction, .*\); its fields are 'a'"),
         (b"[" * 100_000, "is neither JSON, JSON Lines nor a table"),
         (b"\xff\xfe\xfd", "is not UTF-8 text"),
-        (b"just words", "is neither JSON, JSON Lines nor a table|row 1: no"),
+        (b"just words", "there are no rows in it"),
         (b"[]", "there are no rows in it"),
-        (b"", "is neither JSON|there are no rows in it"),
+        (b" \n", "mine.txt is empty"),
+        (b"PK\x03\x04 a sheet", "is a spreadsheet or another packed file: save the sheet as CSV"),
+        (b"question,sql\nhow many?,SELECT 1\nwhich?,SELECT a, b FROM c\n", "line 3 has more cells than the first line has names: put a text that has"),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, content, says, capsys):
@@ -341,6 +352,7 @@ def test_any_file_is_read_or_refused_in_one_error(tmp_path, lines, end, start):
 @given(content=st.lists(LINE, max_size=3).map(b"\n".join) | st.text(string.printable, max_size=60).map(str.encode) | st.lists(VALUE, max_size=3).map(lambda v: json.dumps(v).encode()))
 def test_any_file_is_converted_or_refused_in_one_error(tmp_path, content):
     (tmp_path / "mine.txt").write_bytes(content)
+    (tmp_path / "mine.course.jsonl").unlink(missing_ok=True)  # of the case before
     try:
         converted = convert.convert(tmp_path / "mine.txt")
     except CourseError as told:
