@@ -1,7 +1,7 @@
 """`python -m helpers.ask "How many flights left JFK in July?"`: asks the model, runs its SQL safely, prints both.
 
 --stage base|sft|dpo picks the model as it comes, fine-tuned, or tuned to the house style; --jsonl reads one question a line from standard input and
-writes one JSON object a line: question, sql, columns, rows, error.
+writes one JSON object a line: question, sql, columns, rows, error, notes (values in the query that the data doesn't have).
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 import math
 import sys
 
-from helpers import adapters, dense, dpo, flights, generation, jsonl, models, sql
+from helpers import adapters, dense, dpo, flights, generation, jsonl, models, sql, unknown
 from helpers.command import status
 from helpers.extract import extract_sql
 from helpers.runtime import setup
@@ -32,8 +32,9 @@ class Asker:
         self.worker = sql.Worker(flights.database_path())
 
     def answer(self, question: str, length: int | None = None) -> dict:
-        """{"question", "sql", "columns", "rows", "error"}: error is None or one sentence. `length`: of a question that isn't here whole."""
-        reply = {"question": question, "sql": "", "columns": [], "rows": [], "error": None}
+        """{"question", "sql", "columns", "rows", "error", "notes"}: error is None or one sentence, notes are sentences on values that the
+        query names and no row has. `length`: of a question that isn't here whole."""
+        reply = {"question": question, "sql": "", "columns": [], "rows": [], "error": None, "notes": []}
         if not question.strip():
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
         if (length := length or len(question)) > MAX_QUESTION:
@@ -46,7 +47,8 @@ class Asker:
             result = self.worker.run(reply["sql"])
         except sql.SqlError as error:
             return reply | {"error": str(error)}
-        return reply | {"columns": result.columns, "rows": [[plain(value) for value in row] for row in result.rows]}
+        notes = unknown.named(reply["sql"], self.worker)
+        return reply | {"columns": result.columns, "rows": [[plain(value) for value in row] for row in result.rows], "notes": notes}
 
     def close(self) -> None:
         self.worker.close()
@@ -72,6 +74,7 @@ def show(reply: dict, limit: int = 20) -> str:
     lines += ["  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     if len(reply["rows"]) > limit:
         lines.append(f"… {len(reply['rows']) - limit} more rows")
+    lines += [f"Note: {sql.printable(note)}." for note in reply.get("notes", ())]
     return "\n".join(lines)
 
 

@@ -100,6 +100,7 @@ def asker(monkeypatch):
         "attach": "with a as (select 1) ATTACH 'x' AS y",
         "wrong": "SELECT nothing FROM flights",
         "prose": "I don't know.",
+        "nobody": "SELECT COUNT(*) FROM flights WHERE airline LIKE 'Jet Green%'",
         "refuse": flights.REFUSAL,
         "null": "SELECT NULL, 'x'",
         "blob": "SELECT x'00ff' AS blob, 9e999 AS inf, -9e999 AS minus, 1.5 AS real",
@@ -115,8 +116,10 @@ def asker(monkeypatch):
 def test_ask_answers(asker):
     assert asker.answer("count") == {
         "question": "count", "sql": "SELECT COUNT(*) AS flights FROM flights WHERE origin = 'JFK'",
-        "columns": ["flights"], "rows": [[111279]], "error": None,
+        "columns": ["flights"], "rows": [[111279]], "error": None, "notes": [],
     }  # fmt: skip
+    assert asker.answer("nobody")["notes"] == ["no airline is called 'Jet Green'; nearest: JetBlue Airways"]
+    assert ask.show(asker.answer("nobody")).endswith("0\nNote: no airline is called 'Jet Green'; nearest: JetBlue Airways.")
     assert ask.show(asker.answer("count")).endswith("flights\n111279")
     assert ask.show(asker.answer("null")).splitlines()[-1].strip() == "x"
 
@@ -137,7 +140,7 @@ def test_ask_jsonl_writes_one_object_a_line(asker, monkeypatch, capsys):
     assert ask.main(["--jsonl"]) == 0
     out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [o["question"] for o in out] == ["count", "prose", ""]
-    assert [set(o) for o in out] == [{"question", "sql", "columns", "rows", "error"}] * 3
+    assert [set(o) for o in out] == [{"question", "sql", "columns", "rows", "error", "notes"}] * 3
     assert out[0]["rows"] == [[111279]] and out[0]["error"] is None and out[2]["error"]
 
 
@@ -228,7 +231,7 @@ def test_ask_the_base_model():
     one = ask.Asker("base")
     reply = one.answer("How many flights left JFK in July?")
     one.close()
-    assert set(reply) == {"question", "sql", "columns", "rows", "error"} and (reply["sql"] or reply["error"])
+    assert set(reply) == {"question", "sql", "columns", "rows", "error", "notes"} and (reply["sql"] or reply["error"])
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
-"""Makes train, validation, test, unanswerable and near_miss (.jsonl) from phrasings/*.toml and intents.py.
+"""Makes train, validation, test, unanswerable and near_miss (.jsonl) from phrasings/*.toml, values.py and intents.py.
 
-    python data/questions/make_questions.py            # writes the files beside this script, and the datasheet's table
-    python data/questions/make_questions.py --check    # makes them again in memory and compares, byte for byte
+    python data/questions/make_questions.py                   # writes the files beside this script, and the datasheet's table
+    python data/questions/make_questions.py --check           # makes them again in memory and compares, byte for byte
+    python data/questions/make_questions.py --second FOLDER   # writes the second edition, which no run has been recorded with yet
 
 Deterministic: the same inputs give the same bytes. A question is kept only when its reference returns something (not
-empty, not NULL, not a lone 0) and no tie decides its answer. `freeform.jsonl` isn't made here: its questions were written
-one by one.
+empty, not NULL, not a lone 0) and no tie decides its answer; one with invented values has no result, and needs none: it is
+only trained on. `freeform.jsonl` isn't made here: its questions were written one by one.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import re
 import sqlite3
 import sys
 import tomllib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -23,120 +25,20 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 from intents import INTENTS, UNANSWERABLE  # noqa: E402
+from values import AIRLINES, GROUPS, HELD_OUT, NAMED, fill  # noqa: E402
 
 from helpers.flights import REFUSAL, SPLITS, database_path, ngrams, read_jsonl  # noqa: E402
 from helpers.scoring import tie_variants  # noqa: E402
 
 SIXTH = 6
 STYLED_SHARE = 0.22  # of the training answers
-TRAIN_PER_PHRASING = 3  # examples made from one training phrasing, with other values each
-HELD_OUT = {  # values that no training or validation question has: only the test splits do
-    "airline": ["Virgin America", "AirTran"],
-    "dest": ["Seattle", "SEA", "Denver", "DEN", "Nashville", "BNA", "Salt Lake City", "SLC"],
-    "month": [3, 10],
-}
-AIRLINES = {
-    "9E": "Endeavor", "AA": "American", "AS": "Alaska", "B6": "JetBlue", "DL": "Delta", "EV": "ExpressJet",
-    "F9": "Frontier", "FL": "AirTran", "HA": "Hawaiian", "MQ": "Envoy", "UA": "United", "US": "US Airways",
-    "VX": "Virgin America", "WN": "Southwest", "YV": "Mesa",
-}  # fmt: skip  # SkyWest (OO) has 32 flights: too few
-ORIGINS = {"JFK": ["JFK", "JFK", "Kennedy"], "EWR": ["Newark", "Newark", "EWR"], "LGA": ["LaGuardia", "LaGuardia", "LGA"]}
-MONTHS = "January February March April May June July August September October November December".split()
-DELAYS = {15: ["15 minutes", "15 min"], 20: ["20 minutes"], 30: ["30 minutes", "half an hour"], 45: ["45 minutes", "45 min"],
-          60: ["an hour", "60 minutes", "1 hour"], 90: ["90 minutes"], 120: ["two hours", "2 hours", "120 minutes"], 180: ["3 hours", "three hours"]}  # fmt: skip
-NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 10: "ten"}
-MILES = [300, 500, 750, 1000, 1200, 1500, 2000, 2400]
-
-
-def ordinal(day: int) -> str:
-    suffix = "th" if 10 <= day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
-    return f"{day}{suffix}"
-
-
-def clock(hour: int, rng: random.Random) -> str:
-    if hour == 12 and rng.random() < 0.5:
-        return "noon"
-    twelve, half = (hour - 1) % 12 + 1, "am" if hour < 12 else "pm"
-    return rng.choice([f"{twelve} {half}", f"{twelve}{half}", f"{twelve} {half}", f"{hour}:00"])
-
-
-def fill(phrasing: str, flight: dict, rng: random.Random) -> tuple[str, dict, list[str]] | None:
-    """Fills the slots from one real flight (so that the answer isn't empty): question, values, SQL conditions."""
-    conditions, values, text = [], {"delay": 0, "k": 1}, phrasing
-    slots = re.findall(r"{(\w+)}", phrasing)
-
-    def put(slot, words):
-        nonlocal text
-        text = text.replace("{" + slot + "}", str(words))
-
-    if "airline" in slots:
-        name = AIRLINES.get(flight["carrier"])
-        if name is None:
-            return None
-        code = rng.random() < 0.2
-        put("airline", flight["carrier"] if code else name)
-        values["airline"] = f"carrier = '{flight['carrier']}'" if code else f"airline LIKE '{name}%'"
-        values["held_airline"] = name
-        conditions.append(values["airline"])
-    if "origin" in slots:
-        put("origin", rng.choice(ORIGINS[flight["origin"]]))
-        conditions.append(f"origin = '{flight['origin']}'")
-    if "dest" in slots:
-        code = rng.random() < 0.4
-        word = flight["dest"] if code else flight["dest_city"]
-        put("dest", word)
-        values["dest"] = word
-        conditions.append(f"dest = '{word}'" if code else "dest_city = '{}'".format(word.replace("'", "''")))
-    month = MONTHS[flight["month"] - 1]
-    short = month if rng.random() < 0.8 else month[:3]
-    if "month" in slots:
-        put("month", short)
-        conditions.append(f"month = {flight['month']}")
-        values["month"] = {flight["month"]}
-    if "months" in slots:
-        first = rng.randint(max(1, flight["month"] - 3), flight["month"])
-        last = rng.randint(max(first + 1, flight["month"]), min(12, flight["month"] + 3)) if flight["month"] < 12 else 12
-        if first == last:
-            return None
-        a, b = MONTHS[first - 1], MONTHS[last - 1]
-        put("months", rng.choice([f"{a} through {b}", f"{a} to {b}", f"{a}-{b}"]))
-        conditions.append(f"month BETWEEN {first} AND {last}")
-        values["month"] = {first, last}
-    if "date" in slots:
-        day = flight["day"]
-        put("date", rng.choice([f"{short} {day}", f"{short} {ordinal(day)}", f"{month} {day}", f"the {ordinal(day)} of {month}", f"{day} {month}"]))
-        conditions.append(f"month = {flight['month']} AND day = {day}")
-        values["month"] = {flight["month"]}
-    hour = flight["hour"]
-    if "hour" in slots:
-        put("hour", clock(hour, rng))
-        conditions.append(f"hour = {hour}")
-    if "before_hour" in slots:
-        hour = min(max(hour + rng.randint(1, 3), 6), 22)
-        put("before_hour", clock(hour, rng))
-        conditions.append(f"hour < {hour}")
-    if "after_hour" in slots:
-        hour = max(min(hour - rng.randint(0, 2), 22), 7)
-        put("after_hour", clock(hour, rng))
-        conditions.append(f"hour >= {hour}")
-    if "delay" in slots:
-        values["delay"] = rng.choice(list(DELAYS))
-        put("delay", rng.choice(DELAYS[values["delay"]]))
-    if "miles" in slots:
-        values["miles"] = rng.choice(MILES)
-        put("miles", rng.choice([f"{values['miles']:,}", str(values["miles"])]) + rng.choice([" miles", " miles", " mi"]))
-    if "k" in slots:
-        values["k"] = rng.choice(list(NUMBERS))
-        put("k", rng.choice([values["k"], NUMBERS[values["k"]]]))
-    return text, values, conditions
-
-
-def held_out(values: dict) -> bool:
-    months = values.get("month", set())
-    return values.get("held_airline") in HELD_OUT["airline"] or values.get("dest") in HELD_OUT["dest"] or bool(months & set(HELD_OUT["month"]))
+ENDING_SHARE = 0.25  # of the training questions get one more filter at their end
+TYPO_SHARE = 0.08  # of them a misspelt word or two
+INVENT = 0.8  # of the slots that can hold an invented value, in a question made for that
 
 
 def query(intent, values: dict, conditions: list[str], styled: bool) -> str:
+    """The reference: the intent's SELECT over the rows that its own condition and the slots' select."""
     own = [intent.where.format(**values)] if intent.where else []
     if intent.name == "pct_airline":
         conditions = [c for c in conditions if c != values["airline"]]
@@ -150,7 +52,7 @@ class Checker:
     Training questions are checked on every sixth flight: what has an answer there has one on all.
     """
 
-    COLUMNS = "month, day, hour, dep_time, dep_delay, arr_delay, carrier, airline, flight, origin, dest, dest_city, air_time, distance"
+    COLUMNS = "month, day, hour, dep_time, dep_delay, arr_delay, carrier, airline, flight, tailnum, origin, dest, dest_city, air_time, distance"
 
     def __init__(self, ties: bool):
         self.ties = ties
@@ -171,55 +73,143 @@ class Checker:
         return self.known[sql]
 
 
-def make(split: str, phrasings: dict[str, list[str]], plain: int, flights: list[dict], checker: Checker, again: float) -> list[dict]:
-    """`plain` questions a phrasing, and for the share `again` of them one more, with held-out values (0: no such value at all)."""
-    rng, rows, questions = random.Random(split), [], set()
-    unseen = [
-        f
-        for f in flights
-        if AIRLINES.get(f["carrier"]) in HELD_OUT["airline"] or f["dest_city"] in HELD_OUT["dest"] or f["month"] in HELD_OUT["month"]
-    ]
+@dataclass(frozen=True)
+class Pass:
+    """One way through a set of phrasings: how many questions each gives, and with which values."""
+
+    split: str  # the file that gets them
+    files: str  # of phrasings
+    seed: str
+    plain: int = 1  # questions a phrasing
+    again: float = 0.0  # the share of phrasings asked once more, with values held out for `held`
+    held: str = "test"
+    never: tuple[str, ...] = ()  # splits whose held-out values no question may have
+    wide: bool = True  # values written in all the ways of `values`, or only in the first edition's
+    invent: float = 0.0  # of the slots that can take an invented value
+    endings: float = 0.0  # of the questions get a further filter at their end
+    typos: float = 0.0  # of the questions get a misspelt word or two
+
+    @property
+    def training(self) -> bool:
+        return self.split == "train"
+
+
+FIRST = [
+    Pass("train", "train_*.toml", "train", 3, never=("test",), wide=False),
+    Pass("validation", "validation.toml", "validation", never=("test",), wide=False),
+    Pass("test", "test.toml", "test", again=0.45, wide=False),
+    Pass("unanswerable", "unanswerable_test.toml", "unanswerable", again=1.0, wide=False),
+    Pass("near_miss", "near_miss_test.toml", "near_miss", again=1.0, wide=False),
+]
+TRAINED = Pass("train", "train_*.toml more_*.toml", "train", 2, never=("test", "validation"), endings=ENDING_SHARE, typos=TYPO_SHARE)
+SECOND = [  # the held-out questions of the first edition, word for word, and more after them
+    TRAINED,
+    replace(TRAINED, seed="train, invented", invent=INVENT),
+    FIRST[1],
+    Pass("validation", "validation.toml", "validation, held out", 0, 0.35, "validation", ("test",)),
+    Pass("validation", "validation_more.toml", "validation, more", 1, 0.35, "validation", ("test",)),
+    FIRST[2],
+    Pass("test", "test_more.toml", "test, more", 1, 0.35),
+    *FIRST[3:],
+]
+
+
+def kinds_of(name: str, phrasing: str) -> set[str]:
+    """The groups of slots that a phrasing has, or that its intent rules out: what is asked for isn't filtered on as well."""
+    found = {group for group, slots in GROUPS.items() if any("{" + slot + "}" in phrasing for slot in slots)}
+    asked = {"airline": "airline", "origin": "origin", "destination": "dest", "month": "time", "day": "time", "hour": "hour", "distance": "size", "plane": "plane"}
+    found |= {group for word, group in asked.items() if word in name}
+    where = INTENTS[name].bare + INTENTS[name].where
+    return found | ({"late"} if "delay" in where or "dep_time" in where else set())
+
+
+def ended(name: str, phrasing: str, endings: dict[str, list[str]], rng: random.Random) -> str:
+    """The phrasing with one more filter at its end, of a kind that it doesn't have."""
+    taken = kinds_of(name, phrasing)
+    group = rng.choice([g for g in GROUPS if g not in taken] or [None])
+    slots = [slot for slot in GROUPS[group] if slot in endings] if group else []
+    if not slots:
+        return phrasing
+    body, mark = re.fullmatch(r"(.*?)([.?!]*)", phrasing.strip()).groups()
+    return f"{body}{rng.choice([' ', ' ', ', '])}{rng.choice(endings[rng.choice(slots)])}{mark}"
+
+
+def misspelt(phrasing: str, rng: random.Random) -> str:
+    """One or two words with a letter dropped, doubled, or changed for its neighbour; never a slot."""
+    words = phrasing.split(" ")
+    long = [i for i, word in enumerate(words) if word.isalpha() and len(word) > 4]
+    for i in rng.sample(long, min(len(long), rng.randint(1, 2))):
+        at = rng.randint(1, len(words[i]) - 2)
+        a, b, c = words[i][:at], words[i][at], words[i][at + 1 :]
+        words[i] = rng.choice([a + c, a + b + b + c, a + c[0] + b + c[1:]])
+    return " ".join(words)
+
+
+def real(conditions: list[str], there: set[str]) -> bool:
+    """Is one of the conditions' texts a value of the data, or the beginning of one?"""
+    said = {text.strip("%").lower() for condition in conditions for text in re.findall(r"'([^']*)'", condition)}
+    return bool(said & there) or any(value.startswith(text) for text in said if len(text) > 3 for value in there)
+
+
+def make(step: Pass, rows: list[dict], flights: list[dict], checkers: dict[bool, "Checker"], there: set[str], held=tuple(HELD_OUT)) -> None:
+    """Adds a pass's questions to the rows of its file. `there`: every text of the data, which no invented value may be; `held`: the
+    splits whose held-out values training never shows."""
+    rng, phrasings, endings = random.Random(step.seed), read(step.files), read("endings.toml", checked=False)
+    questions = {row["question"].lower() for row in rows}
+    away = HELD_OUT[step.held]
+    unseen = [f for f in flights if AIRLINES.get(f["carrier"]) in away["airline"] or f["dest_city"] in away["dest"] or f["month"] in away["month"]]
     for name in sorted(phrasings):
         for number, phrasing in enumerate(phrasings[name]):
+            if step.invent and (name == UNANSWERABLE or not set(re.findall(r"{(\w+)}", phrasing)) & NAMED):
+                continue
             made = 0
-            wants = [False] * plain + [True] * (rng.random() < again)
+            wants = [False] * step.plain + [True] * (rng.random() < step.again)
             for _ in range(60):
                 if made == len(wants) or (made and "{" not in phrasing):
                     break
-                filled = fill(phrasing, rng.choice(unseen if wants[made] else flights), rng)
-                if filled is None or (not again and held_out(filled[1])):
+                text = phrasing
+                if step.endings and name != UNANSWERABLE and rng.random() < step.endings:
+                    text = ended(name, text, endings, rng)
+                if step.typos and rng.random() < step.typos:
+                    text = misspelt(text, rng)
+                flight = rng.choice(unseen if wants[made] else flights)
+                other = rng.choice(flights) if step.wide else None
+                done = fill(text, flight, rng, step.wide, step.invent, other)
+                if done is None or any(done.held(split) for split in step.never) or (wants[made] and step.plain == 0 and not done.held(step.held)):
                     continue
-                question, values, conditions = filled
-                if split == "train" and rng.random() < 0.12:
+                if step.invent and (not done.made or real(done.made, there)):
+                    continue
+                question = done.text
+                if step.training and rng.random() < 0.12:
                     question = question.lower()
-                styled = split == "train" and rng.random() < STYLED_SHARE
+                styled = step.training and rng.random() < STYLED_SHARE
                 if name == UNANSWERABLE:
                     sql, ordered, style = REFUSAL, False, "bare"
                 else:
                     intent = INTENTS[name]
-                    reference = query(intent, values, conditions, styled=False)
-                    if not checker.good(reference):
+                    reference = query(intent, done.values, done.conditions, styled=False)
+                    if not step.invent and not checkers[not step.training].good(reference):
                         continue
-                    sql = query(intent, values, conditions, styled)
-                    ordered, style = intent.ordered and values["k"] > 1, "styled" if styled else "bare"
+                    sql = query(intent, done.values, done.conditions, styled)
+                    ordered, style = intent.ordered and done.values["k"] > 1, "styled" if styled else "bare"
                 if question.lower() in questions:
                     continue
                 questions.add(question.lower())
                 made += 1
-                row = {"id": f"{split}-{len(rows) + 1:04d}", "question": question, "sql": sql, "intent": name, "phrasing": f"{name}/{number}"}
-                if split == "train":
-                    row["style"] = style
+                prefix = "more/" if "_more" in step.files else ""
+                row = {"id": f"{step.split}-{len(rows) + 1:04d}", "question": question, "sql": sql, "intent": name, "phrasing": f"{name}/{prefix}{number}"}
+                if step.training:
+                    row |= {"style": style} | ({"invented": bool(step.invent)} if step.wide else {})
                 else:
-                    row["held_out"] = held_out(values)
+                    row["held_out"] = any(done.held(split) for split in held)
                 rows.append(row | {"ordered": ordered})
-    return rows
 
 
-def read(pattern: str) -> dict[str, list[str]]:
+def read(pattern: str, checked: bool = True) -> dict[str, list[str]]:
     merged: dict[str, list[str]] = {}
-    for path in sorted((HERE / "phrasings").glob(pattern)):
+    for path in sorted(path for part in pattern.split() for path in (HERE / "phrasings").glob(part)):
         for name, phrasings in tomllib.loads(path.read_text(encoding="utf-8")).items():
-            if name not in INTENTS and name != UNANSWERABLE:
+            if checked and name not in INTENTS and name != UNANSWERABLE:
                 raise SystemExit(f"{path.name}: no intent is called {name!r}")
             merged.setdefault(name, []).extend(phrasings)
     return merged
@@ -243,32 +233,33 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main(check: bool) -> None:
-    frame = pd.read_parquet(
-        HERE.parent / "nycflights" / "flights.parquet", columns=["month", "day", "hour", "carrier", "origin", "dest", "dest_city"]
-    )
+def build(passes: list[Pass]) -> dict[str, str]:
+    """The files of an edition, by split, as their text."""
+    columns = ["month", "day", "hour", "carrier", "airline", "flight", "tailnum", "origin", "dest", "dest_city"]
+    frame = pd.read_parquet(HERE.parent / "nycflights" / "flights.parquet", columns=columns)
+    there = {str(value).lower() for name in ("carrier", "airline", "tailnum", "dest", "dest_city") for value in frame[name].unique()}
     frame = frame.iloc[SIXTH - 1 :: SIXTH]  # rowids count from 1
     # some drawn evenly over the airlines, so that small ones are asked about too
     even = pd.concat([g.sample(300, random_state=0, replace=True) for _, g in frame.groupby("carrier")])
     flights = pd.concat([frame.sample(8000, random_state=0), even]).to_dict("records")
     checkers = {ties: Checker(ties) for ties in (False, True)}
-    plan = {  # split: phrasing files, questions a phrasing, share asked once more with held-out values
-        "train": ("train_*.toml", TRAIN_PER_PHRASING, 0.0),
-        "validation": ("validation.toml", 1, 0.0),
-        "test": ("test.toml", 1, 0.45),
-        "unanswerable": ("unanswerable_test.toml", 1, 1.0),
-        "near_miss": ("near_miss_test.toml", 1, 1.0),
-    }
+    held = {split for step in passes if step.training for split in step.never}
+    files: dict[str, list[dict]] = {}
+    for step in passes:
+        make(step, files.setdefault(step.split, []), flights, checkers, there, held)
+    for split, rows in files.items():
+        print(f"{split:13} {len(rows):5} questions, {len({r['phrasing'] for r in rows}):5} phrasings, {len({r['intent'] for r in rows}):3} intents")
+    return {split: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for split, rows in files.items()}
+
+
+def main(check: bool) -> None:
     stale = []
-    for split, (pattern, plain, again) in plan.items():
-        rows = make(split, read(pattern), plain, flights, checkers[split != "train"], again)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for split, text in build(FIRST).items():
         path = HERE / f"{split}.jsonl"
         if not check:
             path.write_bytes(text.encode())
         elif path.read_bytes() != text.encode():
             stale.append(path.name)
-        print(f"{split:13} {len(rows):5} questions, {len({r['phrasing'] for r in rows}):5} phrasings, {len({r['intent'] for r in rows}):3} intents")
     sheet = HERE.parent / "README.md"
     old = sheet.read_text(encoding="utf-8")
     new = re.sub(r"(?<=<!-- table -->\n).*?(?=\n<!-- end -->)", lambda _: table(), old, flags=re.S)
@@ -281,4 +272,8 @@ def main(check: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(check="--check" in sys.argv[1:])
+    if sys.argv[1:2] == ["--second"]:
+        for split, text in build(SECOND).items():
+            (Path(sys.argv[2]) / f"{split}.jsonl").write_bytes(text.encode())
+    else:
+        main(check="--check" in sys.argv[1:])
