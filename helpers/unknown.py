@@ -2,9 +2,11 @@
 
 import difflib
 import os
+import re
 
 from helpers import sql
 
+COMPARED = 10  # values that are looked for: each is a query
 MOST = 5000  # distinct values of a column that are compared; a column with more is one of numbers or free text
 LABELS = {"dest_city": "destination city", "dest": "destination", "origin": "New York airport", "carrier": "carrier code", "tailnum": "tail number", "flight": "flight number"}
 ALIKE = 0.5  # the least likeness, 0 to 1, of a value that is offered: "Jet Green" and "JetBlue A…" have 0.6
@@ -18,12 +20,12 @@ def conditions(query: str) -> tuple[list[tuple[str, str, object]], list[str]]:
 
     try:
         tree = sqlglot.parse_one(query, dialect="sqlite")
-    except sqlglot.errors.SqlglotError:
+    except (sqlglot.errors.SqlglotError, RecursionError):
         return [], []
 
     def constant(node):
-        if isinstance(node, exp.Literal):
-            return node.this if node.is_string else int(node.this) if node.this.isdigit() else float(node.this)
+        if isinstance(node, exp.Literal) and (node.is_string or re.fullmatch(r"[0-9]{1,15}", node.this)):
+            return node.this if node.is_string else int(node.this)
         return None
 
     found = []
@@ -45,7 +47,7 @@ def named(query: str, worker: sql.Worker) -> list[str]:
     """
     told = []
     compared, tables = conditions(query)
-    for column, kind, value in compared:
+    for column, kind, value in compared[:COMPARED]:
         try:
             table = next(table for table in tables if column.lower() in _columns(table, worker))
             literal = value if not isinstance(value, str) else "'" + value.replace("'", "''") + "'"
@@ -54,7 +56,7 @@ def named(query: str, worker: sql.Worker) -> list[str]:
             there = [row[0] for row in worker.run(f'SELECT DISTINCT "{column}" FROM "{table}" WHERE "{column}" IS NOT NULL LIMIT {MOST}').rows]
         except (sql.SqlError, StopIteration):
             continue
-        told.append(_sentence(column, str(value).strip("%"), there))
+        told.append(_sentence(column, str(value).strip("%")[:60], there))
     return told
 
 

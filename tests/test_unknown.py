@@ -35,6 +35,11 @@ def test_a_value_that_no_row_has_is_told(worker, where, told):
 
 
 def test_what_cannot_be_read_says_nothing(worker):
+    deep = "SELECT * FROM flights WHERE dest = " + "(" * 90 + "'ZZZ'" + ")" * 90
+    assert unknown.named(deep, worker) in ([], ["no destination is called 'ZZZ'"])
+    many = "SELECT 1 FROM flights WHERE flight IN (" + ", ".join(map(str, range(90_000, 92_000))) + ") OR dep_delay = 1e5 OR dest = 0x10"
+    assert len(unknown.named(many, worker)) == unknown.COMPARED
+    assert max(map(len, unknown.named("SELECT 1 FROM flights WHERE dest = '" + "x" * 5000 + "'", worker))) < 100
     for query in ("", "SELECT", "DROP TABLE flights", "SELECT 'x' FROM flights WHERE ((("):
         assert unknown.named(query, worker) == []
 
