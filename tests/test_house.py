@@ -243,7 +243,10 @@ def test_style_is_the_share_of_the_applicable_rules():
 
 # ---------------------------------------------------------------- the two forms of every intent
 
-SAME_BY_THE_RULES = {"busiest_months", "busiest_hours", "busiest_days", "days_most_cancellations"}  # bare, they output no code and no number
+SAME_BY_THE_RULES = {  # bare, they output no code and no number
+    "busiest_months", "busiest_hours", "busiest_days", "days_most_cancellations",
+    "quiet_months", "quiet_days", "months_worst_departure_delay", "hours_worst_departure_delay", "origins_most_flights", "busiest_planes",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +259,7 @@ def connection():
 @pytest.mark.parametrize("name", INTENTS)
 @pytest.mark.parametrize("k", [1, 5])
 def test_the_styled_form_keeps_what_the_bare_one_breaks(name, k, connection):
-    values = {"k": k, "delay": 15, "miles": 1000, "airline": "airline LIKE 'Delta%'"}
+    values = {"k": k, "delay": 15, "miles": 1000, "low": 500, "high": 1000, "airline": "airline LIKE 'Delta%'"}
     marks = {}
     for styled in (True, False):
         query = fill(INTENTS[name], values, [], styled)

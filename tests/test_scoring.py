@@ -257,7 +257,7 @@ def test_every_house_style_answer_matches_the_bare_one():
     sys.path.insert(0, str(flights.QUESTIONS))
     from intents import INTENTS
 
-    values = {"delay": 30, "miles": 1000, "k": 3, "airline": "airline LIKE 'Delta%'"}
+    values = {"delay": 30, "miles": 1000, "low": 500, "high": 1000, "k": 3, "airline": "airline LIKE 'Delta%'"}
     for intent in INTENTS.values():
         own = intent.where.format(**values)
         where = " WHERE origin = 'JFK' AND month = 7" + (f" AND {own}" if own else "")

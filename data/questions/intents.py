@@ -147,7 +147,7 @@ INTENTS = {
             "list_destinations",
             "which destinations, all of them",
             "SELECT DISTINCT dest FROM flights{w}",
-            "SELECT DISTINCT dest, dest_city FROM flights{w} ORDER BY dest_city LIMIT 20",
+            "SELECT DISTINCT dest, dest_city FROM flights{w} ORDER BY dest_city LIMIT 200",
         ),
         Intent(
             "list_origins",
