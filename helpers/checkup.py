@@ -41,6 +41,7 @@ def _holds_pairs(path: Path) -> bool:
 
 
 def _questions(path: Path, domain: Domain, test) -> dict[str, str]:
+    held = _held(path, domain, test)
     rows, tokenizer, recipe = list(flights.load_questions(path, domain=domain)), load_tokenizer(), recipes.SFTRecipe()
     asked = domain
     if few := domain != FLIGHTS and _reads(recipe, rows) > OFTEN:  # as notebooks 03 and 04 train on so few
@@ -55,9 +56,9 @@ def _questions(path: Path, domain: Domain, test) -> dict[str, str]:
         + ("" if refusals else "; a model that never sees one answers everything"),
         "lengths": _lengths([len(one) for one in ids], recipe.max_length, prompt),
         "answers": f"up to {max(answers)} tokens; a model may write {generation.longest(rows, tokenizer)} when asked these",
-        "results": "; ".join([_results(path.name, rows, domain)] + ([_results(Path(test).name, flights.load_questions(test, domain=domain), domain)] if test else [])),
+        "results": "; ".join(_results(name, asked_for, domain) for name, asked_for in [(path.name, rows), *(held.items() if test else ())]),
         "alike": _alike(rows),
-        "overlap": _overlap([row["question"] for row in rows], path, domain, test),
+        "overlap": _overlap([row["question"] for row in rows], held),
         "training": _training(ids, recipe, few),
     }
 
@@ -100,21 +101,26 @@ def _alike(rows: list[dict]) -> str:
     return told + (f"; rows {odd[0][0]} and {odd[1][0]} ask the same and have different answers" if odd else "")
 
 
-def _overlap(questions: list[str], path: Path, domain: Domain, test) -> str:
-    """How much of a test file stands in the questions that are trained on: whole ones, and word triples."""
-    if test is None and domain != FLIGHTS:
-        return "no test file was named (--test FILE): keep some questions aside that are never trained on"
-    names = [test] if test else [split for split in flights.SPLITS if split != "train"]
+def _held(path: Path, domain: Domain, test) -> dict:
+    """The questions that a model trained on `path` is scored on, by their file's name: those of `test`, else the flights' own."""
     if test and Path(test).resolve() == path.resolve():
         raise CourseError(f"{path.name} is its own test file: score on questions that were never trained on.")
+    own = [split for split in flights.SPLITS if split != "train"] if domain == FLIGHTS else []
+    return {Path(name).name: flights.load_questions(name, domain=domain) for name in ([test] if test else own)}
+
+
+def _overlap(questions: list[str], held: dict) -> str:
+    """How much of the test files stands in the questions that are trained on: whole ones, and word triples."""
+    if not held:
+        return "no test file was named (--test FILE): keep some questions aside that are never trained on"
     trained, triples, told = {_words(question) for question in questions}, set().union(*map(flights.ngrams, questions)), []
-    for name in names:
-        held = [row["question"] for row in flights.load_questions(name, domain=domain)]
-        same = [number for number, question in enumerate(held, 1) if _words(question) in trained]
-        shares = [len(found & triples) / len(found) for question in held if (found := flights.ngrams(question))]
+    for name, rows in held.items():
+        asked = rows["question"]
+        same = [number for number, question in enumerate(asked, 1) if _words(question) in trained]
+        shares = [len(found & triples) / len(found) for question in asked if (found := flights.ngrams(question))]
         seen = f"{sum(shares) / len(shares):.0%} of its word triples" if shares else "no word triples"
-        few = f" (only {len(held)} questions: an interval over so few is wide)" if len(held) < FEW else ""
-        told.append(f"{len(same)} of {len(held)} questions of {Path(name).name} stand in it{f' ({_named(same)}): take them out' if same else ''}, and {seen}{few}")
+        few = f" (only {len(asked)} questions: an interval over so few is wide)" if len(asked) < FEW else ""
+        told.append(f"{len(same)} of {len(asked)} questions of {name} stand in it{f' ({_named(same)}): take them out' if same else ''}, and {seen}{few}")
     return "; ".join(told)
 
 
@@ -145,7 +151,7 @@ def _pairs(path: Path, domain: Domain, test) -> dict[str, str]:
         "rows": f"{len(pairs):,} pairs on {len({pair['prompt'] for pair in pairs}):,} prompts",
         "lengths": _lengths([max(both) for both in zip(*tokens.values(), strict=True)], recipe.max_length),
         "answers": _sides(pairs, domain),
-        "overlap": _overlap([pair["prompt"] for pair in pairs], path, domain, test),
+        "overlap": _overlap([pair["prompt"] for pair in pairs], _held(path, domain, test)),
         "bias": f"the chosen answer is the longer one in {longer:.0%}" + ("; DPO may learn length instead of what you mean" if longer > 0.8 else ""),
         "training": f"{recipe.steps} steps of {recipe.batch_size} pairs read each {reads:.1f} times, {times.spell(times.seconds(times.dpo(recipe)))} on this machine",
     }

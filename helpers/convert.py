@@ -64,11 +64,15 @@ def table(text: str) -> list[dict]:
     return found
 
 
+def named(record):
+    """A record with its names in lower case and without blanks around them; what has no names stays as it is."""
+    return {name.strip().lower(): value for name, value in record.items()} if isinstance(record, dict) else record
+
+
 def turned(record, fields: tuple[str, ...]) -> dict[str, str]:
     """One row in the course's form. Problem: what it lacks."""
     if not isinstance(record, dict):
         raise Problem("no fields with names; write one object for each row")
-    record = {str(name).strip().lower(): value for name, value in record.items()}
     for turns in (record.get("conversations"), record.get("messages")):
         if isinstance(turns, list) and "chosen" not in fields:
             record = record | _said(turns)
@@ -97,8 +101,8 @@ def _said(turns: list) -> dict[str, str]:
 
 def convert(path: Path) -> Path:
     """Writes NAME.course.jsonl beside the file; returns it. CourseError for what can't be turned, each row named."""
-    found = records(path)
-    pairs = bool(found) and isinstance(found[0], dict) and {"chosen", "rejected"} <= {str(name).strip().lower() for name in found[0]}
+    found = [named(record) for record in records(path)]
+    pairs = bool(found) and isinstance(found[0], dict) and {"chosen", "rejected"} <= found[0].keys()
     fields = ("prompt", "chosen", "rejected") if pairs else ("question", "sql")
     rows, problems = [], []
     for number, record in enumerate(found, 1):
@@ -114,7 +118,7 @@ def convert(path: Path) -> Path:
         raise CourseError(f"{target.name} is there already: move it away, or delete it, to write it anew.")
     write_whole(target, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII: half a character stays visible, and is named when it is read
     known = {name for field in fields for name in NAMES[field]} | {"conversations", "messages"}
-    spare = sorted({str(name).strip().lower() for record in found if isinstance(record, dict) for name in record if name is not None} - known)
+    spare = sorted(set().union(*found) - known)
     left = f"; left out: {', '.join(map(ascii, spare[:8]))}{' …' if len(spare) > 8 else ''}" if spare else ""
     print(f"{target.name}: {len(rows):,} rows with {', '.join(fields)}{left}")
     return target

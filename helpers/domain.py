@@ -71,7 +71,7 @@ def read(path: str | Path) -> Domain:
     except UnicodeDecodeError:
         raise CourseError(f"{path.name} is not UTF-8 text: save it as UTF-8.") from None
     except (ValueError, RecursionError) as error:
-        if "\\" in path.read_text(encoding="utf-8-sig") and "nvalid hex" in str(error) or "nescaped '\\'" in str(error):
+        if any(sign in str(error) for sign in ("nvalid hex", "nescaped '\\'")):  # tomllib's words for an escape that there isn't
             raise CourseError(f"{path.name}: a backslash in double quotes means something else in TOML; write the path with / or in single quotes.") from None
         raise CourseError(f"{path.name} is not TOML ({str(error)[:100]}): compare it with data/own_example/domain.toml.") from None
     kinds = {"database": str, "schema_prompt": str, "refusal": str, "system_prompt": str, "tables": list}

@@ -1,6 +1,7 @@
 """Values that a query names and no row has: each in a sentence, with the nearest that there are. A count of 0 says nothing of them."""
 
 import difflib
+import functools
 import os
 import re
 
@@ -46,10 +47,15 @@ def named(query: str, worker: sql.Worker) -> list[str]:
     can't be read says nothing.
     """
     told = []
+
+    @functools.cache
+    def columns(table: str) -> set[str]:
+        return {name.lower() for name in worker.run(f'SELECT * FROM "{table}" LIMIT 1').columns}
+
     compared, tables = conditions(query)
     for column, kind, value in compared[:COMPARED]:
         try:
-            table = next(table for table in tables if column.lower() in _columns(table, worker))
+            table = next(table for table in tables if column.lower() in columns(table))
             literal = value if not isinstance(value, str) else "'" + value.replace("'", "''") + "'"
             if worker.run(f'SELECT 1 FROM "{table}" WHERE "{column}" {kind} {literal} LIMIT 1').rows:
                 continue
@@ -58,10 +64,6 @@ def named(query: str, worker: sql.Worker) -> list[str]:
             continue
         told.append(_sentence(column, str(value).strip("%")[:60], there))
     return told
-
-
-def _columns(table: str, worker: sql.Worker) -> set[str]:
-    return {name.lower() for name in worker.run(f'SELECT * FROM "{table}" LIMIT 1').columns}
 
 
 def _sentence(column: str, value: str, there: list) -> str:

@@ -297,7 +297,7 @@ def test_doctor_names_what_would_go_wrong(tmp_path, capsys):
 
 
 def test_without_a_test_file_the_doctor_says_what_one_is_for():
-    assert checkup._overlap(["a"], Path("mine.jsonl"), LIBRARY, None).startswith("no test file was named (--test FILE)")
+    assert checkup._overlap(["a"], checkup._held(Path("mine.jsonl"), LIBRARY, None)).startswith("no test file was named (--test FILE)")
 
 
 def test_the_runtime_knows_the_examples_place():

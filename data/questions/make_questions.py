@@ -151,12 +151,12 @@ def real(conditions: list[str], there: set[str]) -> bool:
     return bool(said & there) or any(value.startswith(text) for text in said if len(text) > 3 for value in there)
 
 
-def make(step: Pass, rows: list[dict], flights: list[dict], checkers: dict[bool, "Checker"], there: set[str], held=tuple(HELD_OUT)) -> None:
+def make(step: Pass, rows: list[dict], flights: list[dict], checkers: dict[bool, Checker], there: set[str], held: set[str]) -> None:
     """Adds a pass's questions to the rows of its file. `there`: every text of the data, which no invented value may be; `held`: the
     splits whose held-out values training never shows."""
     rng, phrasings, endings = random.Random(step.seed), read(step.files), read("endings.toml", checked=False)
     questions = {row["question"].lower() for row in rows}
-    away = HELD_OUT[step.held]
+    away, prefix = HELD_OUT[step.held], "more/" if "_more" in step.files else ""
     unseen = [f for f in flights if AIRLINES.get(f["carrier"]) in away["airline"] or f["dest_city"] in away["dest"] or f["month"] in away["month"]]
     for name in sorted(phrasings):
         for number, phrasing in enumerate(phrasings[name]):
@@ -196,7 +196,6 @@ def make(step: Pass, rows: list[dict], flights: list[dict], checkers: dict[bool,
                     continue
                 questions.add(question.lower())
                 made += 1
-                prefix = "more/" if "_more" in step.files else ""
                 row = {"id": f"{step.split}-{len(rows) + 1:04d}", "question": question, "sql": sql, "intent": name, "phrasing": f"{name}/{prefix}{number}"}
                 if step.training:
                     row |= {"style": style} | ({"invented": bool(step.invent)} if step.wide else {})

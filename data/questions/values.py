@@ -2,10 +2,13 @@
 
 A slot is a filter. `fill` puts words into a phrasing and tells the SQL conditions, in one fixed order. Values of `HELD_OUT` are
 never trained on: those of "test" stand in the test splits only, those of "validation" there and in validation.
+
+In this order: tables of values; filling a phrasing; the first edition's words; all the words; invented values.
 """
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MONTHS = "January February March April May June July August September October November December".split()
@@ -79,6 +82,9 @@ def clock(hour: int, rng: random.Random) -> str:
     return rng.choice([f"{twelve} {half}", f"{twelve}{half}", f"{twelve} {half}", f"{hour}:00"])
 
 
+# ---------------------------------------------------------------- filling a phrasing
+
+
 @dataclass
 class Filled:
     """A phrasing with its slots filled: the words, each slot's conditions, and what the query's own parts take."""
@@ -129,6 +135,9 @@ def _like(name: str) -> str:
 
 def _quoted(word: str) -> str:
     return "'" + word.replace("'", "''") + "'"
+
+
+# ---------------------------------------------------------------- the first edition's words
 
 
 def _narrow(slot: str, flight: dict, rng: random.Random, done: Filled):
@@ -194,6 +203,9 @@ def _hour(slot, flight, rng):
     return clock(hour, rng), f"hour >= {hour}"
 
 
+# ---------------------------------------------------------------- all the words
+
+
 def _duration(rng: random.Random) -> tuple[int, str]:
     """Minutes, and how people say them."""
     if rng.random() < 0.5:
@@ -240,8 +252,11 @@ def _either(a: tuple[str, str], b: tuple[str, str], rng: random.Random) -> tuple
     return words, f"({a[1]} OR {b[1]})" if column == "airline" else f"{column} IN ({one}, {two})"
 
 
-def _not(condition: str) -> str:
-    return condition.replace(" LIKE ", " NOT LIKE ").replace(" = ", " != ")
+def _said(slot: str, one: tuple[str, str], second: Callable[[], tuple[str, str]], rng: random.Random) -> tuple[str, str] | None:
+    """What a slot says of a value: it, it or a second one (`dests`), or any but it (`not_dest`)."""
+    if slot.startswith("not_"):
+        return one[0], one[1].replace(" LIKE ", " NOT LIKE ").replace(" = ", " != ")
+    return _either(one, second(), rng) if slot.endswith("s") else one
 
 
 def _date(month: int, day: int, rng: random.Random) -> str:
@@ -261,12 +276,11 @@ def _wide(slot: str, flight: dict, rng: random.Random, done: Filled):
         if (one := _airline(carrier, rng)) is None:
             return None
         done.names.add(("airline", AIRLINES[carrier]))
-        if slot == "airlines":
-            second = rng.choice(carriers)
-            done.names.add(("airline", AIRLINES[second]))
-            return _either(one, _airline(second, rng), rng)
         done.values["airline"] = one[1]
-        return one if slot == "airline" else (one[0], _not(one[1]))
+        if slot == "airlines":
+            carrier = rng.choice(carriers)
+            done.names.add(("airline", AIRLINES[carrier]))
+        return _said(slot, one, lambda: _airline(carrier, rng), rng)
     if slot == "flight_number":
         if flight["carrier"] not in AIRLINES:
             return None
@@ -284,8 +298,7 @@ def _wide(slot: str, flight: dict, rng: random.Random, done: Filled):
         done.names |= {("dest", flight["dest"]), ("dest", flight["dest_city"])}
         if slot == "dests":
             done.names |= {("dest", done.other["dest"]), ("dest", done.other["dest_city"])}
-            return _either(one, _place(done.other, rng), rng)
-        return one if slot == "dest" else (one[0], _not(one[1]))
+        return _said(slot, one, lambda: _place(done.other, rng), rng)
     month, day = flight["month"], flight["day"]
     if slot == "month":
         done.names.add(("month", month))
@@ -345,6 +358,9 @@ def _number(carrier: str, name: str, number: int, rng: random.Random, done: Fill
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------- invented values
+
+
 def invented_airline(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.25:
         while (code := rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789")) in AIRLINES or code == "OO":
@@ -367,10 +383,8 @@ def _invented(slot: str, flight: dict, rng: random.Random, done: Filled):
     """Words and conditions with a value that no table has: to be copied, since it can't have been learnt."""
     if slot in ("airline", "airlines", "not_airline"):
         one = invented_airline(rng)
-        if slot == "airlines":
-            return _either(one, invented_airline(rng), rng)
         done.values["airline"] = one[1]
-        return one if slot == "airline" else (one[0], _not(one[1]))
+        return _said(slot, one, lambda: invented_airline(rng), rng)
     if slot == "flight_number":
         airline = invented_airline(rng)
         code = airline[0] if airline[1].startswith("carrier") else rng.choice("ABCDEFG") + rng.choice("XYZQW")
@@ -379,10 +393,7 @@ def _invented(slot: str, flight: dict, rng: random.Random, done: Filled):
         tail = f"N{rng.randint(1, 999)}{''.join(rng.choice('ABCDEFGHJKLMNPQRSTUVWXYZ') for _ in range(rng.randint(0, 2)))}"
         return tail, f"tailnum = '{tail}'"
     if slot in ("dest", "dests", "not_dest"):
-        one = invented_place(rng)
-        if slot == "dests":
-            return _either(one, invented_place(rng), rng)
-        return one if slot == "dest" else (one[0], _not(one[1]))
+        return _said(slot, invented_place(rng), lambda: invented_place(rng), rng)
     if slot == "month":
         month = rng.randint(13, 99)
         return rng.choice([f"month {month}", f"the {ordinal(month)} month", f"month number {month}"]), f"month = {month}"
