@@ -1,7 +1,8 @@
 """`python -m helpers.ask "How many flights left JFK in July?"`: asks the model, runs its SQL safely, prints both.
 
 --stage base|sft|dpo picks the model as it comes, fine-tuned, or tuned to the house style; --jsonl reads one question a line from standard input and
-writes one JSON object a line: question, sql, columns, rows, error, notes (values in the query that the data doesn't have).
+writes one JSON object a line: question, sql, columns, rows, error, notes (values in the query that the data doesn't have), confidence (0 to 1,
+or null where none was measured).
 """
 
 import argparse
@@ -10,9 +11,10 @@ import json
 import math
 import sys
 
-from helpers import adapters, dense, dpo, flights, generation, jsonl, models, sql, unknown
+from helpers import adapters, confidence, dense, dpo, flights, generation, jsonl, models, sql, unknown
 from helpers.command import status
 from helpers.extract import extract_sql
+from helpers.menu import COURSE_MODEL, choose
 from helpers.runtime import setup
 
 MAX_QUESTION = 500  # characters
@@ -30,17 +32,19 @@ class Asker:
         self.whole = contextlib.ExitStack()
         self.whole.enter_context(dense.written_out(self.model))  # once, not once a question
         self.worker = sql.Worker(flights.database_path())
+        self.calibration = confidence.recorded(stage) if choose().name == COURSE_MODEL else None
 
     def answer(self, question: str, length: int | None = None) -> dict:
-        """{"question", "sql", "columns", "rows", "error", "notes"}: error is None or one sentence, notes are sentences on values that the
-        query names and no row has. `length`: of a question that isn't here whole."""
-        reply = {"question": question, "sql": "", "columns": [], "rows": [], "error": None, "notes": []}
+        """{"question", "sql", "columns", "rows", "error", "notes", "confidence"}: error is None or one sentence, notes are sentences on values
+        that the query names and no row has, confidence is the share of answers that were right where the model was so sure (None where
+        that wasn't recorded). `length`: of a question that isn't here whole."""
+        reply = {"question": question, "sql": "", "columns": [], "rows": [], "error": None, "notes": [], "confidence": None}
         if not question.strip():
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
         if (length := length or len(question)) > MAX_QUESTION:
             return reply | {"error": f"The question has {length:,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
-        (text,), _ = generation.ask(self.model, self.tokenizer, [{"question": question}], self.system)
-        reply["sql"] = extract_sql(text)
+        (text,), _ = generation.ask(self.model, self.tokenizer, [{"question": question}], self.system, logps=(logps := []))
+        reply |= {"sql": extract_sql(text), "confidence": round(self.calibration(logps[0]), 2) if self.calibration else None}
         if not reply["sql"]:
             return reply | {"error": flights.REFUSAL if flights.REFUSAL[:-1] in text else "The model wrote no query; try other words."}
         try:
@@ -66,8 +70,10 @@ def show(reply: dict, limit: int = 20) -> str:
     """The reply as a person reads it: the SQL, then the rows or the error. Control characters are written out, so that no answer steers a
     terminal or breaks the table."""
     lines = [sql.printable(reply["sql"], keep="\n\t")] if reply["sql"] else []
+    said = reply.get("confidence")
+    sure = [] if said is None else [f"Confidence: {said:.0%} (on the validation questions so many of the answers that it was so sure of were right)."]
     if reply["error"]:
-        return "\n".join([*lines, sql.printable(reply["error"])])
+        return "\n".join([*lines, sql.printable(reply["error"]), *(sure if reply["error"] == flights.REFUSAL else ())])
     rows = [reply["columns"]] + [["" if v is None else v for v in row] for row in reply["rows"][:limit]]
     cells = [[sql.printable(str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -75,7 +81,7 @@ def show(reply: dict, limit: int = 20) -> str:
     if len(reply["rows"]) > limit:
         lines.append(f"… {len(reply['rows']) - limit} more rows")
     lines += [f"Note: {sql.printable(note)}." for note in reply.get("notes", ())]
-    return "\n".join(lines)
+    return "\n".join([*lines, *sure])
 
 
 def answer(chosen) -> int:

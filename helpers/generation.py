@@ -17,28 +17,31 @@ READ_TOKENS = 2048  # of prompts at once: more only takes memory
 
 
 def generate(
-    model, tokenizer, conversations, max_new_tokens: int = LONGEST, batch_size: int | None = None, progress: str = "", temperature: float = 0, stop=None, stop_at=""
+    model, tokenizer, conversations, max_new_tokens: int = LONGEST, batch_size: int | None = None, progress: str = "", temperature: float = 0, stop=None, stop_at="", logps=None
 ) -> list[str]:
     """Answers to a list of chats (each a list of messages), in the order asked: greedy, or sampled at a `temperature`.
 
     What all prompts begin with (a schema, few-shot examples) is run through the model once, and one copy of its keys and
     values serves all rows (`prefix`). A row ends at the end of the turn, or where `stop`, a function of the text so far, says
     so (it is asked after tokens that hold one of the characters `stop_at`, "": after each); the next question then takes its place. `batch_size`: rows at once (None: as many as memory allows). In float32 the
-    answers don't depend on it (tested); in 16 bits a near-tie can fall either way. `progress` names the bar (none if empty).
+    answers don't depend on it (tested); in 16 bits a near-tie can fall either way. `progress` names the bar (none if empty). `logps`: a
+    list that gets each answer's log-probability in nats, the end of its turn included (of a row that `stop` ended: of its tokens).
     """
     import torch
 
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
-    answers = [""] * len(prompts)
+    answers, sure = [""] * len(prompts), [0.0] * len(prompts)
     if not prompts:
         return answers
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     may_end = functools.cache(lambda token: not stop_at or any(c in stop_at for c in _text(tokenizer, [token])))
     ended = stop and (lambda ids: may_end(ids[-1]) and stop(_text(tokenizer, ids)))
     with torch.inference_mode(), prefix.attention(base), dense.written_out(model), progress_bar(len(prompts), progress) as bar:
-        for row, ids in _Run(model, base, prompts, max_new_tokens, batch_size, temperature).answers(ended):
-            answers[row] = _text(tokenizer, ids).strip()
+        for row in _Run(model, base, prompts, max_new_tokens, batch_size, temperature, logps is not None).answers(ended):
+            answers[row.number], sure[row.number] = _text(tokenizer, row.answer).strip(), row.logp
             bar.update(1)
+    if logps is not None:
+        logps += sure
     return answers
 
 
@@ -53,12 +56,13 @@ class _Row:
     number: int
     length: int
     answer: list[int] = field(default_factory=list)
+    logp: float = 0.0  # of the answer so far, in nats
 
 
 class _Run:
     """One call's state. `prompts`: token ids of each; what they share is read when the run is made."""
 
-    def __init__(self, model, base, prompts, limit: int, batch_size: int | None, temperature: float):
+    def __init__(self, model, base, prompts, limit: int, batch_size: int | None, temperature: float, sure: bool = False):
         import torch
 
         self.base, self.prompts, self.limit, self.temperature, self.device = base, prompts, limit, temperature, base.device
@@ -68,6 +72,7 @@ class _Run:
         room = max(map(len, prompts)) - self.shared + limit
         slots = min(len(prompts), batch_size or max(1, min(ROWS, int(self._cache_bytes() // (room * self._token_bytes())))))
         self.kept, self.last = prefix.KeyValues(slots, room), torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.sure = torch.zeros(slots, device=self.device) if sure else None  # each row's last token's log-probability
         virtual = self._virtual(model)
         self.before = self.shared + (0 if virtual is None else virtual.shape[1])  # positions that stand before every row's own tokens
         if self.before:
@@ -94,8 +99,8 @@ class _Run:
         cache = {prefix.cache_argument(type(self.base.model)): self.kept}
         return self.base.model(position_ids=places, use_cache=True, kept=self.kept, **cache, **inputs)[0]
 
-    def _choose(self, hidden):
-        """The next token of each row from its last hidden state, (rows, width)."""
+    def _choose(self, hidden, places) -> None:
+        """The next token of the rows at `places` from their last hidden states, (rows, width)."""
         import torch
 
         head, hidden = self.base.lm_head, hidden.contiguous()  # of a strided slice torch's CPU matmul copies the head's weights once a row
@@ -103,12 +108,13 @@ class _Run:
             logits = (head.weight @ hidden.T).T  # vocabulary first: up to half again as quick in float32
         else:
             logits = head(hidden)
-        if not self.temperature:
-            return logits.argmax(-1)
-        return (logits.float() / self.temperature).softmax(-1).multinomial(1)[:, 0]
+        self.last[places] = (logits.float() / self.temperature).softmax(-1).multinomial(1)[:, 0] if self.temperature else logits.argmax(-1)
+        if self.sure is not None:
+            logits = logits.float()
+            self.sure[places] = logits.gather(1, self.last[places, None])[:, 0] - logits.logsumexp(-1)
 
     def answers(self, stop):
-        """Yields (number, token ids) as rows end. `stop`: whether an answer is complete by its token ids; None: only at its end."""
+        """Yields rows as they end. `stop`: whether an answer is complete by its token ids; None: only at its end."""
         waiting = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))  # like lengths together: little is padding
         rows: list[_Row] = []
         while waiting or rows:
@@ -121,13 +127,15 @@ class _Run:
             else:
                 self._step(rows)
             chosen = self.last[first : len(rows)].tolist()
+            sure = self.sure[first : len(rows)].tolist() if self.sure is not None else [0.0] * len(chosen)
             for place in range(len(rows) - 1, first - 1, -1):
                 row, token = rows[place], chosen[place - first]
+                row.logp += sure[place - first]
                 if token not in self.ends:
                     row.answer.append(token)
                     if len(row.answer) < self.limit and not (stop and stop(row.answer)):
                         continue
-                yield row.number, row.answer
+                yield row
                 if place < len(rows) - 1:  # the last row, looked at already, takes its place
                     self.kept.move(len(rows) - 1, place)
                     rows[place], self.last[place] = rows[-1], self.last[len(rows) - 1]
@@ -150,7 +158,7 @@ class _Run:
         self.kept.read(slice(first, first + len(rows)), width)
         hidden = self._forward(self.before + torch.arange(width, device=self.device)[None], input_ids=ids)
         last = torch.tensor([len(ids) - 1 for ids in own], device=self.device)
-        self.last[first : first + len(rows)] = self._choose(hidden[torch.arange(len(rows), device=self.device), last])
+        self._choose(hidden[torch.arange(len(rows), device=self.device), last], slice(first, first + len(rows)))
         return rows
 
     def _step(self, rows: list[_Row]) -> None:
@@ -160,7 +168,7 @@ class _Run:
         lengths = torch.tensor([row.length for row in rows], device=self.device)
         self.kept.go_on(lengths)
         hidden = self._forward((self.before + lengths)[:, None], input_ids=self.last[: len(rows), None])
-        self.last[: len(rows)] = self._choose(hidden[:, 0])
+        self._choose(hidden[:, 0], slice(0, len(rows)))
         for row in rows:
             row.length += 1
 

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 
 from course import lessons, measure, recording, sweeps
-from helpers import ask, baselines, doctor, flights, generation, scoreboard
+from helpers import ask, baselines, confidence, doctor, flights, generation, scoreboard
 from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT
@@ -89,7 +89,7 @@ class FakeAsker(ask.Asker):
         from helpers import sql
 
         self.system, self.tokenizer, self.model, self.answers = "", None, None, answers
-        self.worker, self.whole = sql.Worker(flights.database_path()), contextlib.ExitStack()
+        self.worker, self.whole, self.calibration = sql.Worker(flights.database_path()), contextlib.ExitStack(), None
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def asker(monkeypatch):
         "escape": "SELECT char(27)||'[2J' AS a, 'b'||char(10)||'c' AS b, 1 AS `\x1b[31m` UNION ALL SELECT 'long', 'd', 2",
         "unknown": "SELECT `\x1b[5m\x07` FROM flights",
     }
-    monkeypatch.setattr(generation, "generate", lambda m, t, chats, **k: [answers[chats[0][-1]["content"]]])
+    monkeypatch.setattr(generation, "generate", lambda m, t, chats, logps, **k: logps.append(-0.5) or [answers[chats[0][-1]["content"]]])
     one = FakeAsker(answers)
     yield one
     one.close()
@@ -116,12 +116,22 @@ def asker(monkeypatch):
 def test_ask_answers(asker):
     assert asker.answer("count") == {
         "question": "count", "sql": "SELECT COUNT(*) AS flights FROM flights WHERE origin = 'JFK'",
-        "columns": ["flights"], "rows": [[111279]], "error": None, "notes": [],
+        "columns": ["flights"], "rows": [[111279]], "error": None, "notes": [], "confidence": None,
     }  # fmt: skip
     assert asker.answer("nobody")["notes"] == ["no airline is called 'Jet Green'; nearest: JetBlue Airways"]
     assert ask.show(asker.answer("nobody")).endswith("0\nNote: no airline is called 'Jet Green'; nearest: JetBlue Airways.")
     assert ask.show(asker.answer("count")).endswith("flights\n111279")
     assert ask.show(asker.answer("null")).splitlines()[-1].strip() == "x"
+
+
+def test_ask_says_how_sure_it_is_where_that_was_measured(asker):
+    sentence = "Confidence: 82% (on the validation questions so many of the answers that it was so sure of were right)."
+    assert "Confidence" not in ask.show(asker.answer("count"))
+    asker.calibration = confidence.Calibration(slope=1.0, intercept=2.0, n=9)  # of the fixture's −0.5: 1 / (1 + exp(−1.5))
+    assert asker.answer("count")["confidence"] == 0.82
+    assert ask.show(asker.answer("count")).endswith(f"flights\n111279\n{sentence}")
+    assert ask.show(asker.answer("refuse")) == f"{flights.REFUSAL}\n{sentence}"  # a refusal is an answer
+    assert "Confidence" not in ask.show(asker.answer("wrong")) and "Confidence" not in ask.show(asker.answer(""))
 
 
 def test_ask_turns_every_failure_into_a_sentence(asker):
@@ -140,7 +150,7 @@ def test_ask_jsonl_writes_one_object_a_line(asker, monkeypatch, capsys):
     assert ask.main(["--jsonl"]) == 0
     out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [o["question"] for o in out] == ["count", "prose", ""]
-    assert [set(o) for o in out] == [{"question", "sql", "columns", "rows", "error", "notes"}] * 3
+    assert [set(o) for o in out] == [{"question", "sql", "columns", "rows", "error", "notes", "confidence"}] * 3
     assert out[0]["rows"] == [[111279]] and out[0]["error"] is None and out[2]["error"]
 
 
@@ -180,7 +190,7 @@ def test_a_line_of_any_length_is_one_answer_in_little_memory(asker, monkeypatch,
 
 BROKEN = """
 import sys
-from helpers import ask, command
+from helpers import ask, confidence, command
 class Asker:
     def __init__(self, stage): pass
     def answer(self, question, length=None):
@@ -231,7 +241,7 @@ def test_ask_the_base_model():
     one = ask.Asker("base")
     reply = one.answer("How many flights left JFK in July?")
     one.close()
-    assert set(reply) == {"question", "sql", "columns", "rows", "error", "notes"} and (reply["sql"] or reply["error"])
+    assert set(reply) == {"question", "sql", "columns", "rows", "error", "notes", "confidence"} and (reply["sql"] or reply["error"])
 
 
 @pytest.mark.slow

@@ -129,6 +129,33 @@ def test_the_end_of_the_turn_ends_an_answer(monkeypatch):
     assert generation.generate(tiny(), Words(), PROMPTS[:1], 12) == [""]
 
 
+def test_log_probabilities_are_those_of_a_plain_pass_over_the_answers():
+    """Of the answer's tokens and, where it ended by itself, the end of the turn (60): summed, in nats."""
+
+    def plain(prompt, answer, limit):
+        said = [int(word) for word in answer.split()]
+        said += [60] if len(said) < limit else []
+        ids = torch.tensor([[*prompt, *said]])
+        with torch.no_grad():
+            logits = tiny()(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        return float(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum())
+
+    for size in (None, 2):
+        answers = generation.generate(tiny(), Words(), PROMPTS, 12, size, logps=(logps := []))
+        assert logps == pytest.approx([plain(p, a, 12) for p, a in zip(PROMPTS, answers, strict=True)], abs=1e-4)
+    assert answers == generation.generate(tiny(), Words(), PROMPTS, 12) and len(set(logps)) == len(PROMPTS)
+    generation.generate(tiny(), Words(), [], logps=(none := []))
+    assert none == []
+
+
+def test_a_sampled_answers_log_probability_is_the_models_own():
+    torch.manual_seed(0)
+    (answer,) = generation.generate(tiny(), Words(), PROMPTS[:1], 1, temperature=2.0, logps=(logps := []))
+    with torch.no_grad():
+        plain = tiny()(input_ids=torch.tensor(PROMPTS[:1])).logits[0, -1].log_softmax(-1)
+    assert logps[0] == pytest.approx(float(plain[int(answer)]), abs=1e-5)
+
+
 def test_prompt_tunings_virtual_tokens_stand_before_every_prompt():
     model = adapted("prompt")
     embed = model.get_base_model().get_input_embeddings()
