@@ -51,7 +51,9 @@ def filled(phrasing, seeds=200, **more):
         ("{holiday}", "New Year's Eve", ["month = 12 AND day = 31"]),
         ("{season}", "winter", ["month IN (12, 1, 2)"]),
         ("{season}", "Q3", ["month BETWEEN 7 AND 9"]),
-        ("{dep_over}", "two and a half hours", ["dep_delay > 150"]),
+        ("{dep_over}", "two and a half hours", ["dep_delay > 2.5 * 60"]),
+        ("{dep_over}", "three hours", ["dep_delay > 3 * 60"]),
+        ("{date}", "Labor Day", ["month = 9 AND day = 2"]),
         ("{arr_over}", "half an hour", ["arr_delay > 30"]),
     ],
 )
@@ -66,12 +68,21 @@ def test_conditions_stand_in_one_order_whatever_the_words():
 
 def test_hours_and_miles_are_told_as_they_are_meant():
     for text, (condition,) in filled("{hours}").items():
-        first, last = map(int, re.fullmatch(r"hour BETWEEN (\d+) AND (\d+)", condition).groups())
+        first, last = (sum(map(int, hour.split(" + "))) for hour in re.fullmatch(r"hour BETWEEN ([\d +]+) AND ([\d +]+)", condition).groups())
         assert 5 <= first <= 17 <= last <= 23 and " and " in text
     for seed in range(50):
         done = values.fill("between {two_miles}", FLIGHT, random.Random(seed))
         if done:
             assert done.values["low"] < done.values["high"] and str(done.values["high"]) in done.text.replace(",", "")
+
+
+def test_what_would_need_a_sum_is_left_to_sql():
+    assert [values.later(*told) for told in ((17, "5 pm"), (17, "17:00"), (12, "12 pm"), (9, "9am"), (23, "11pm"))] == ["12 + 5", "17", "12", "9", "12 + 11"]
+    hours = filled("{after_hour}")
+    assert hours["4 pm"] == ["hour >= 12 + 4"] and hours["16:00"] == ["hour >= 16"]
+    delays = {text: condition for text, (condition,) in filled("{dep_over}").items()}
+    assert all(("* 60" in condition) == bool(re.search(r"\dh|hours|hrs", text)) for text, condition in delays.items()) and any("* 60" in c for c in delays.values())
+    assert all(eval(condition.split("> ")[1]) >= 1 for condition in delays.values())
 
 
 def test_an_invented_value_is_no_value_of_the_data_and_stands_in_both():
@@ -101,8 +112,9 @@ def test_held_out_values_are_known_by_every_slot_that_can_name_them():
         done = values.fill("{" + slot + "}", FLIGHT | flight, random.Random(0))
         assert done.held(held) and not done.held({"test": "validation", "validation": "test"}[held]), slot
     assert not values.fill("{airline} {dest} {date}", FLIGHT, random.Random(0)).held("test")
-    spring = next(d for s in range(100) if (d := values.fill("{season}", FLIGHT, random.Random(s))).text == "spring")
-    assert spring.held("test")
+    away = set().union(*(held["month"] for held in values.HELD_OUT.values()))
+    assert not {month for month, _ in values.HOLIDAYS} & away  # when a holiday is can't be copied
+    assert not {month for months in values.SEASONS.values() for month in months} & values.HELD_OUT["test"]["month"]
 
 
 def test_a_slot_that_nobody_knows_is_named():
@@ -120,6 +132,12 @@ def test_an_ending_is_of_a_kind_that_the_question_lacks():
         added = set(re.findall(r"{(\w+)}", text)) - {"airline", "origin"}
         assert len(added) == 1 and not added & {"month", "months", "date", "holiday", "season", "airlines", "not_airline", "flight_number", "origins", "not_origin"}
     assert not any("{dep_over}" in make_questions.ended("count_late_departures", "late ones", endings, random.Random(s)) for s in range(200))
+
+
+def test_training_questions_share_no_long_run_of_words_with_what_is_scored():
+    rows = [{"question": q} for q in ("How many flights left for Boston today", "flights left, for BOSTON in may!", "left for Boston in June", "how many")]
+    assert make_questions.apart(rows, [{"question": "which flights left for Boston in May"}, {"question": "how many"}]) == [rows[0], *rows[2:]]
+    assert make_questions.apart(rows, []) == rows
 
 
 def test_a_typo_leaves_slots_alone():

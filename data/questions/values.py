@@ -1,15 +1,17 @@
 """What may stand in a phrasing's slots: values of one real flight, other names for them, and invented values that no table has.
 
-A slot is a filter. `fill` puts words into a phrasing and tells the SQL conditions, in one fixed order. Values of `HELD_OUT` are
+A slot is a filter. What would need a sum is left to SQL: 5 pm is `12 + 5`, three hours of delay are `3 * 60`. `fill` puts words into a phrasing and tells the SQL conditions, in one fixed order. Values of `HELD_OUT` are
 never trained on: those of "test" stand in the test splits only, those of "validation" there and in validation.
 
 In this order: tables of values; filling a phrasing; the first edition's words; all the words; invented values.
 """
 
+import functools
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MONTHS = "January February March April May June July August September October November December".split()
 AIRLINES = {
@@ -35,12 +37,13 @@ MILES = [300, 500, 750, 1000, 1200, 1500, 2000, 2400]
 HOLIDAYS = {
     (1, 1): ["New Year's Day", "new years day"], (2, 14): ["Valentine's Day", "valentines day"], (5, 27): ["Memorial Day"], (7, 4): ["the Fourth of July", "Independence Day"],
     (9, 2): ["Labor Day"], (11, 11): ["Veterans Day"], (11, 28): ["Thanksgiving", "Thanksgiving Day"], (12, 24): ["Christmas Eve"], (12, 25): ["Christmas", "Christmas Day"],
-    (12, 31): ["New Year's Eve", "new years eve"], (10, 31): ["Halloween"], (3, 17): ["St. Patrick's Day"], (6, 14): ["Flag Day"],
-}  # fmt: skip
+    (12, 31): ["New Year's Eve", "new years eve"],
+}  # fmt: skip  # none in a month that is held out: when a holiday is can't be read in the question
 SEASONS = {
-    "summer": (6, 8), "the summer": (6, 8), "fall": (9, 11), "autumn": (9, 11), "winter": (12, 1, 2), "the winter months": (12, 1, 2), "spring": (3, 5),
-    "the first quarter": (1, 3), "Q1": (1, 3), "the second quarter": (4, 6), "Q2": (4, 6), "the third quarter": (7, 9), "Q3": (7, 9), "the fourth quarter": (10, 12), "Q4": (10, 12),
-}  # fmt: skip
+    "summer": (6, 8), "the summer": (6, 8), "fall": (9, 11), "autumn": (9, 11), "winter": (12, 1, 2), "the winter months": (12, 1, 2),
+    "the second quarter": (4, 6), "Q2": (4, 6), "the third quarter": (7, 9), "Q3": (7, 9),
+}  # fmt: skip  # none that begins or ends with a month held out for test
+HOLIDAY_SHARE = 0.08  # of the dates are said by a holiday's name
 HELD_OUT = {
     "test": {
         "airline": {"Virgin America", "AirTran"},
@@ -61,6 +64,30 @@ GROUPS = {  # slots of one kind, and the order of their conditions in a query; a
 }
 NAMED = {"airline", "airlines", "not_airline", "flight_number", "tail", "dest", "dests", "not_dest", "month", "date"}  # slots for invented values
 
+# Airlines, places and codes from elsewhere: none has a row.
+CARRIERS = [name.strip() for name in """Lufthansa, Ryanair, Qantas, Air France, KLM, Emirates, Qatar, Etihad, Iberia, Vueling, Finnair, Icelandair, Norwegian, Wizz Air,
+    easyJet, Aer Lingus, British Airways, Swiss, Austrian, LOT Polish, Turkish, El Al, Aegean, TAP, Alitalia, Air Canada, WestJet, Porter, Aeromexico, Volaris, Interjet, Avianca,
+    Copa, LATAM, Azul, Gol, Aerolineas Argentinas, Air India, IndiGo, SpiceJet, Vistara, Thai, Garuda, Lion Air, AirAsia, Malaysia, Singapore, Cathay Pacific, China Eastern,
+    China Southern, Hainan, Korean Air, Asiana, Japan, All Nippon, Peach, Philippine, Cebu Pacific, Vietnam, Air New Zealand, Fiji, Jetstar, Ethiopian, Kenya, EgyptAir,
+    Royal Jordanian, Saudia, Gulf Air, Oman Air, Kuwait, South African, Air Mauritius, RwandAir, Spirit, Allegiant, Sun Country, Breeze, Avelo, Piedmont, Republic, Compass,
+    GoJet, Cape Air, Silver, Boutique Air, Trans World, Pan Am, Eastern, Braniff, Northwest, Continental, Midwest, Aloha, Independence, Skybus, Tower Air, ValuJet, Western""".split(",")]
+CITIES = [name.strip() for name in """Boise, Fresno, Reno, Spokane, Tucson, El Paso, Wichita, Lincoln, Topeka, Duluth, Fargo, Billings, Missoula, Helena, Casper, Cheyenne, Boulder, Aspen, Vail, Provo, Ogden,
+    Eugene, Salem, Bend, Medford, Yakima, Tacoma, Juneau, Fairbanks, Nome, Hilo, Maui, Kona, Bakersfield, Stockton, Monterey, Santa Barbara, Palo Alto, Sedona, Flagstaff, Yuma, Lubbock,
+    Amarillo, Waco, Laredo, McAllen, Corpus Christi, Galveston, Shreveport, Baton Rouge, Lafayette, Mobile, Montgomery, Huntsville, Gulfport, Biloxi, Jackson, Little Rock, Fort Smith,
+    Springfield, Peoria, Champaign, Moline, Dubuque, Cedar Rapids, Sioux Falls, Rapid City, Green Bay, Appleton, La Crosse, Flint, Lansing, Kalamazoo, Saginaw, Toledo, Youngstown, Erie,
+    Scranton, Allentown, Harrisburg, Lancaster, Trenton, Newport, Worcester, Concord, Nashua, Bar Harbor, Hyannis, Elmira, Ithaca, Binghamton, Utica, Plattsburgh, Roanoke, Lynchburg,
+    Hagerstown, Salisbury, Durham, Hickory, Macon, Augusta, Valdosta, Gainesville, Tallahassee, Pensacola, Daytona Beach, Naples, Melbourne, Vero Beach, Toronto, Montreal, Ottawa,
+    Vancouver, Calgary, Halifax, Quebec City, Winnipeg, Havana, Nassau, Kingston, Cancun, Mexico City, Monterrey, Panama City, Bogota, Lima, Quito, Caracas, Santiago, Buenos Aires,
+    Rio de Janeiro, Brasilia, London, Paris, Rome, Milan, Venice, Madrid, Barcelona, Lisbon, Porto, Dublin, Edinburgh, Glasgow, Cardiff, Oslo, Bergen, Stockholm, Helsinki, Copenhagen,
+    Amsterdam, Brussels, Berlin, Munich, Hamburg, Cologne, Vienna, Prague, Warsaw, Krakow, Budapest, Bucharest, Sofia, Athens, Istanbul, Ankara, Cairo, Tunis, Algiers, Casablanca, Dakar,
+    Lagos, Accra, Nairobi, Kampala, Cape Town, Dubai, Doha, Tel Aviv, Amman, Beirut, Baghdad, Tehran, Karachi, Lahore, Delhi, Mumbai, Chennai, Kolkata, Dhaka, Colombo, Bangkok,
+    Phuket, Hanoi, Manila, Jakarta, Bali, Perth, Sydney, Brisbane, Auckland, Wellington, Tokyo, Osaka, Kyoto, Seoul, Busan, Beijing, Shanghai, Taipei, Hong Kong, Macau""".split(",")]
+CODES = """LHR LGW CDG ORY FRA MUC AMS MAD BCN LIS DUB EDI OSL ARN CPH HEL ZRH VIE FCO MXP ATH IST CAI TLV DXB DOH DEL BOM BKK SIN HKG NRT HND ICN PEK PVG SYD MEL AKL YYZ YUL YVR YYC YOW
+    YHZ MEX CUN GDL BOG LIM SCL EZE GRU GIG PTY HAV NAS MBJ KIN BOI FAT RNO GEG TUS ELP ICT LNK DLH FAR BIL MSO HLN CPR EUG MFR JNU FAI ITO OGG KOA BFL MRY SBA FLG LBB AMA MAF CRP SHV
+    BTR LFT MOB MGM HSV GPT JAN LIT FSM SGF PIA CMI MLI CID FSD RAP GRB ATW LSE FNT LAN AZO TOL ERI AVP ABE MDT ELM ITH BGM ROA LYH AGS VLD GNV TLH PNS DAB APF MLB TRI CHA HPN ISP SWF""".split()
+
+NOT_PLACES = "Airport|Regional|Rgnl|Municipal|Muni|Intl|International|County|Field|Fld|Airpark|Arpt|Airfield|Memorial|Mem|Executive|Exec|Army|Air|AFB|AF|Afs|Lrrs|Heliport|Station|Seaplane|Naval|National|Public|Metropolitan|Metro|Gen|State|Landing|Jr|Aaf|Nas|Cgas"
+
 # Parts of invented names. Any of the first with any of the second; none is an airline or city of the data (tested).
 BEGINNINGS = "Blue Green Silver Golden Crimson Amber Polar Coral Maple Cedar Prairie Summit Harbor Lunar Solar Nordic Baltic Iberian Andean Celtic Zephyr Falcon Heron Condor Osprey Sparrow Comet Meteor Vector Orbit Pioneer Liberty Union Capital Crown Royal Imperial Global Trans Inter Euro Afro Pan Sky Cloud Star Wind Storm River Ocean Island".split()  # fmt: skip
 SECOND = ["Jet", "Air", "Wings", "Express", "Connect", "Aviation", "Fly", "Link", "Regional", "Atlantic", "Pacific", "Airlines", "Airways", "Air Lines", ""]
@@ -68,6 +95,11 @@ STEMS = "Vel Mar Ost Kar Bren Dun Fal Gor Hald Ister Jor Kess Lun Mer Nor Orl Pe
 ENDINGS = "ton ville mora field burg haven port stad wick ford dale mont gate holm bridge".split()
 BEFORE = ["", "", "", "", "Port ", "New ", "San ", "Fort ", "Lake ", "East ", "North ", "Saint ", "Mount "]
 AFTER = ["", "", "", "", " City", " Falls", " Beach", " Springs", " Rapids", " Hills"]
+
+
+def later(hour: int, words: str) -> str:
+    """An hour of the day as it was said: 17 as `12 + 5` where the words say 5 pm, else the number."""
+    return f"12 + {hour - 12}" if hour > 12 and "pm" in words else str(hour)
 
 
 def ordinal(day: int) -> str:
@@ -206,18 +238,19 @@ def _hour(slot, flight, rng):
 # ---------------------------------------------------------------- all the words
 
 
-def _duration(rng: random.Random) -> tuple[int, str]:
-    """Minutes, and how people say them."""
+def _duration(rng: random.Random) -> tuple[str, str]:
+    """Minutes as SQL, and how people say them."""
     if rng.random() < 0.5:
         minutes = rng.choice([*DELAYS, 30, 60, 120])
-        return minutes, rng.choice(DELAYS[minutes])
+        words = rng.choice(DELAYS[minutes])
+        return f"{minutes // 60} * 60" if "hours" in words else str(minutes), words
     if rng.random() < 0.4:
         hours = rng.randint(2, 7)
-        return 60 * hours, rng.choice([f"{hours} hours", f"{WORDS[hours]} hours", f"{hours} hrs", f"{hours}h"])
+        return f"{hours} * 60", rng.choice([f"{hours} hours", f"{WORDS[hours]} hours", f"{hours} hrs", f"{hours}h"])
     if rng.random() < 0.2:
-        return rng.choice([(90, "an hour and a half"), (15, "a quarter of an hour"), (150, "two and a half hours"), (90, "1.5 hours"), (75, "an hour and a quarter"), (1, "a minute")])
+        return rng.choice([("90", "an hour and a half"), ("15", "a quarter of an hour"), ("2.5 * 60", "two and a half hours"), ("1.5 * 60", "1.5 hours"), ("75", "an hour and a quarter"), ("1", "a minute")])
     minutes = rng.randint(3, 250) if rng.random() < 0.5 else 5 * rng.randint(1, 40)
-    return minutes, f"{minutes} " + rng.choice(["minutes", "minutes", "min", "mins"])
+    return str(minutes), f"{minutes} " + rng.choice(["minutes", "minutes", "min", "mins"])
 
 
 def _miles(rng: random.Random) -> tuple[int, str]:
@@ -306,21 +339,27 @@ def _wide(slot: str, flight: dict, rng: random.Random, done: Filled):
         said = rng.choices([long, "Sept" if month == 9 else long[:3], f"{long} 2013", f"month {month}"], [70, 15, 8, 7])[0]
         return said, f"month = {month}"
     if slot == "date":
+        if rng.random() < HOLIDAY_SHARE:
+            (month, day), names = rng.choice(sorted(HOLIDAYS.items()))
+        words = rng.choice(names) if (month, day) != (flight["month"], flight["day"]) else _date(month, day, rng)
         done.names.add(("month", month))
-        return _date(month, day, rng), f"month = {month} AND day = {day}"
+        return words, f"month = {month} AND day = {day}"
     if slot == "holiday":
         (month, day), names = rng.choice(sorted(HOLIDAYS.items()))
         done.names.add(("month", month))
         return rng.choice(names), f"month = {month} AND day = {day}"
     if slot == "season":
         season, months = rng.choice(sorted(SEASONS.items()))
-        done.names |= {("month", m) for m in months if m in HELD_OUT["test"]["month"]}  # validation's own month is only held out by its name
         return season, f"month BETWEEN {months[0]} AND {months[1]}" if len(months) == 2 else f"month IN {months}"
     if slot == "hours":
         first = max(5, min(20, flight["hour"] - rng.randint(0, 2)))
         last = min(23, max(flight["hour"], first + rng.randint(1, 4)))
         seed = rng.random()
-        return " and ".join(clock(hour, random.Random(seed)) for hour in (first, last)), f"hour BETWEEN {first} AND {last}"
+        words = [clock(hour, random.Random(seed)) for hour in (first, last)]
+        return " and ".join(words), f"hour BETWEEN {later(first, words[0])} AND {later(last, words[1])}"
+    if slot in ("hour", "before_hour", "after_hour"):
+        words, condition = _hour(slot, flight, rng)
+        return words, re.sub(r"\d+$", lambda hour: later(int(hour[0]), words), condition)
     if slot in ("dep_over", "arr_over"):
         minutes, words = _duration(rng)
         return words, f"{slot[:3]}_delay > {minutes}"
@@ -362,7 +401,11 @@ def _number(carrier: str, name: str, number: int, rng: random.Random, done: Fill
 
 
 def invented_airline(rng: random.Random) -> tuple[str, str]:
-    if rng.random() < 0.25:
+    """An airline that no row has: from elsewhere, a code, or a name made of parts."""
+    if rng.random() < 0.5:
+        name = rng.choice(CARRIERS)
+        return name, f"airline LIKE '{_like(name)}%'"
+    if rng.random() < 0.4:
         while (code := rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789")) in AIRLINES or code == "OO":
             pass
         return code, f"carrier = '{code}'"
@@ -371,10 +414,26 @@ def invented_airline(rng: random.Random) -> tuple[str, str]:
     return name, f"airline LIKE '{_like(name)}%'"
 
 
+@functools.cache
+def elsewhere() -> list[str]:
+    """Some hundred places that airports in the data's second table are named after, none of them one that flights go to: words to copy."""
+    import pandas as pd
+
+    places = Path(__file__).resolve().parent.parent / "nycflights"
+    cities = pd.read_parquet(places / "flights.parquet", columns=["dest_city"]).dest_city.unique()
+    known = {word for city in cities for word in city.split()}
+    names = {re.sub(rf"\b({NOT_PLACES})\b\.?.*", "", name).strip() for name in pd.read_parquet(places / "airports.parquet").name}
+    return sorted(name for name in names if re.fullmatch("[A-Z][a-z]{3,}( [A-Z][a-z]{3,})?", name) and not known & set(name.split()))
+
+
 def invented_place(rng: random.Random) -> tuple[str, str]:
-    if rng.random() < 0.3:
-        code = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(3))
+    """A place, or an airport's code, that no row has: from elsewhere, or made up."""
+    if rng.random() < 0.35:
+        code = rng.choice(CODES) if rng.random() < 0.6 else "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(3))
         return code, f"dest = '{code}'"
+    if (kind := rng.random()) < 0.7:
+        city = rng.choice(CITIES if kind < 0.3 else elsewhere())
+        return city, f"dest_city = '{city}'"
     city = rng.choice(BEFORE) + rng.choice(STEMS) + rng.choice(ENDINGS) + rng.choice(AFTER)
     return city, f"dest_city = '{city}'"
 
