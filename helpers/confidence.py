@@ -4,6 +4,7 @@ A language model's own numbers are too sure or not sure enough; Platt's logistic
 Vector Machines") turns them into shares that are right. What it is fitted on must not have been trained on: here validation.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from helpers import scoreboard
@@ -64,5 +65,5 @@ def reliability(probabilities, correct, bins: int = 10) -> list[dict]:
     """Answers in order of confidence, in `bins` parts of equal size: {"said", "right", "n"}, the mean confidence and the share right of each."""
     ranked = sorted(zip(probabilities, correct, strict=True), key=lambda pair: pair[0])
     edges = [round(i * len(ranked) / bins) for i in range(bins + 1)]
-    parts = [ranked[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    parts = [ranked[a:b] for a, b in itertools.pairwise(edges) if b > a]
     return [{"said": sum(p for p, _ in part) / len(part), "right": sum(r for _, r in part) / len(part), "n": len(part)} for part in parts]

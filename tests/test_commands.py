@@ -190,7 +190,7 @@ def test_a_line_of_any_length_is_one_answer_in_little_memory(asker, monkeypatch,
 
 BROKEN = """
 import sys
-from helpers import ask, confidence, command
+from helpers import ask, command
 class Asker:
     def __init__(self, stage): pass
     def answer(self, question, length=None):
