@@ -135,8 +135,8 @@ def test_an_ending_is_of_a_kind_that_the_question_lacks():
 
 
 def test_training_questions_share_no_long_run_of_words_with_what_is_scored():
-    rows = [{"question": q} for q in ("How many flights left for Boston today", "flights left, for BOSTON in may!", "left for Boston in June", "how many")]
-    assert make_questions.apart(rows, [{"question": "which flights left for Boston in May"}, {"question": "how many"}]) == [rows[0], *rows[2:]]
+    rows = [{"question": q} for q in ("How many flights left for Boston today", "flights left, for BOSTON in may!", "left for Boston in June", "how many", "how")]
+    assert make_questions.apart(rows, [{"question": "which flights left for Boston in May"}, {"question": "How many?"}]) == [rows[0], rows[2], rows[4]]
     assert make_questions.apart(rows, []) == rows
 
 
