@@ -76,6 +76,18 @@ def test_hours_and_miles_are_told_as_they_are_meant():
             assert done.values["low"] < done.values["high"] and str(done.values["high"]) in done.text.replace(",", "")
 
 
+def test_nicknames_are_used_as_often_as_asked():
+    for share in (0.0, 1.0):
+        said = [values.fill("{dest}", FLIGHT | {"dest": "LAX", "dest_city": "Los Angeles"}, random.Random(seed), nicknames=share) for seed in range(200)]
+        assert {one.text for one in said} == ({"LAX", "LA", "L.A."} if share else {"LAX", "Los Angeles"})
+        assert {condition for one in said for condition in one.conditions} == {"dest = 'LAX'", "dest_city = 'Los Angeles'"}
+
+
+def test_hard_kinds_are_kinds_each_in_one_list():
+    assert not set(make_questions.HARD) & set(make_questions.HARDEST)
+    assert {*make_questions.HARD, *make_questions.HARDEST} <= {*make_questions.INTENTS, make_questions.UNANSWERABLE}
+
+
 def test_what_would_need_a_sum_is_left_to_sql():
     assert [values.later(*told) for told in ((17, "5 pm"), (17, "17:00"), (12, "12 pm"), (9, "9am"), (23, "11pm"))] == ["12 + 5", "17", "12", "9", "12 + 11"]
     hours = filled("{after_hour}")

@@ -95,6 +95,7 @@ class Filled:
     values: dict = field(default_factory=lambda: {"delay": 0, "k": 1})
     names: set = field(default_factory=set)  # (kind, value) of each value that a split may hold out
     other: dict | None = None  # a second flight, for the second of two places
+    nicknames: float = 0.3  # of the places that have other names are called by one
     made: list[str] = field(default_factory=list)  # conditions with an invented value
 
     def held(self, split: str) -> bool:
@@ -102,13 +103,15 @@ class Filled:
         return any(value in HELD_OUT[split][kind] for kind, value in self.names)
 
 
-def fill(phrasing: str, flight: dict, rng: random.Random, wide: bool = True, invent: float = 0.0, other: dict | None = None) -> Filled | None:
+def fill(
+    phrasing: str, flight: dict, rng: random.Random, wide: bool = True, invent: float = 0.0, other: dict | None = None, nicknames: float = 0.3
+) -> Filled | None:
     """Fills the slots from one real flight, so that the answer isn't empty; None where that flight doesn't fit.
 
     `wide` draws from all the ways in which people write a value (the first edition of each split had fewer). With `invent`, each slot
     of `NAMED` gets an invented value with that probability.
     """
-    done = Filled(phrasing, other=other or flight)
+    done = Filled(phrasing, other=other or flight, nicknames=nicknames)
     slots = set(re.findall(r"{(\w+)}", phrasing))
     order = [slot for group in GROUPS.values() for slot in group] + ["delay", "miles", "two_miles", "k"]
     if unknown := slots - set(order):
@@ -238,10 +241,10 @@ def _airline(carrier: str, rng: random.Random) -> tuple[str, str] | None:
     return said, f"airline LIKE '{name}%'"
 
 
-def _place(flight: dict, rng: random.Random) -> tuple[str, str]:
+def _place(flight: dict, rng: random.Random, nicknames: float) -> tuple[str, str]:
     code = rng.random() < 0.3
     word = flight["dest"] if code else flight["dest_city"]
-    said = rng.choice(PLACES[word]) if word in PLACES and rng.random() < 0.3 else word
+    said = rng.choice(PLACES[word]) if word in PLACES and rng.random() < nicknames else word
     return said, f"dest = '{word}'" if code else f"dest_city = {_quoted(word)}"
 
 
@@ -296,11 +299,11 @@ def _wide(slot: str, flight: dict, rng: random.Random, done: Filled):
         a = rng.choice(sorted(ORIGINS))
         return rng.choice(ORIGINS[a]), f"origin != '{a}'"
     if slot in ("dest", "dests", "not_dest"):
-        one = _place(flight, rng)
+        one = _place(flight, rng, done.nicknames)
         done.names |= {("dest", flight["dest"]), ("dest", flight["dest_city"])}
         if slot == "dests":
             done.names |= {("dest", done.other["dest"]), ("dest", done.other["dest_city"])}
-        return _said(slot, one, lambda: _place(done.other, rng), rng)
+        return _said(slot, one, lambda: _place(done.other, rng, done.nicknames), rng)
     month, day = flight["month"], flight["day"]
     if slot == "month":
         done.names.add(("month", month))
