@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 from intents import INTENTS, UNANSWERABLE  # noqa: E402
-from values import AIRLINES, GROUPS, HELD_OUT, NAMED, fill  # noqa: E402
+from values import AIRLINES, GROUPS, HELD_OUT, NAMED, NICKNAMES, fill  # noqa: E402
 
 from helpers.flights import REFUSAL, SPLITS, database_path, ngrams, read_jsonl  # noqa: E402
 from helpers.scoring import tie_variants  # noqa: E402
@@ -100,13 +100,17 @@ class Pass:
     invent: float = 0.0  # of the slots that can take an invented value
     endings: float = 0.0  # of the questions get a further filter at their end
     typos: float = 0.0  # of the questions get a misspelt word or two
-    nicknames: float = 0.3  # of the places that have other names are called by one
+    nicknames: float = NICKNAMES  # of the places that have other names are called by one
     styled: float = 0.22  # of the training answers
     hard: bool = False  # hard kinds are asked more often
 
     @property
     def training(self) -> bool:
         return self.split == "train"
+
+    def times(self, name: str) -> int:
+        """How many questions each phrasing of a kind gives."""
+        return 2 * self.plain if self.hard and name in HARDEST else 3 * self.plain // 2 if self.hard and name in HARD else self.plain
 
 
 FIRST = [
@@ -181,8 +185,7 @@ def make(step: Pass, rows: list[dict], flights: list[dict], checkers: dict[bool,
             if step.invent and (name == UNANSWERABLE or not set(re.findall(r"{(\w+)}", phrasing)) & NAMED):
                 continue
             made = 0
-            plain = 2 * step.plain if step.hard and name in HARDEST else 3 * step.plain // 2 if step.hard and name in HARD else step.plain
-            wants = [False] * max(plain, -(-step.least // len(phrasings[name]))) + [True] * (rng.random() < step.again)
+            wants = [False] * max(step.times(name), -(-step.least // len(phrasings[name]))) + [True] * (rng.random() < step.again)
             for _ in range(max(60, 20 * len(wants))):
                 if made == len(wants) or (made and "{" not in phrasing):
                     break

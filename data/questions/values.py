@@ -45,6 +45,7 @@ SEASONS = {
     "the second quarter": (4, 6), "Q2": (4, 6), "the third quarter": (7, 9), "Q3": (7, 9),
 }  # fmt: skip  # none that begins or ends with a month held out for test
 HOLIDAY_SHARE = 0.08  # of the dates are said by a holiday's name
+NICKNAMES = 0.3  # of the places that have other names are called by one
 HELD_OUT = {
     "test": {
         "airline": {"Virgin America", "AirTran"},
@@ -95,7 +96,7 @@ class Filled:
     values: dict = field(default_factory=lambda: {"delay": 0, "k": 1})
     names: set = field(default_factory=set)  # (kind, value) of each value that a split may hold out
     other: dict | None = None  # a second flight, for the second of two places
-    nicknames: float = 0.3  # of the places that have other names are called by one
+    nicknames: float = NICKNAMES
     made: list[str] = field(default_factory=list)  # conditions with an invented value
 
     def held(self, split: str) -> bool:
@@ -104,12 +105,12 @@ class Filled:
 
 
 def fill(
-    phrasing: str, flight: dict, rng: random.Random, wide: bool = True, invent: float = 0.0, other: dict | None = None, nicknames: float = 0.3
+    phrasing: str, flight: dict, rng: random.Random, wide: bool = True, invent: float = 0.0, other: dict | None = None, nicknames: float = NICKNAMES
 ) -> Filled | None:
     """Fills the slots from one real flight, so that the answer isn't empty; None where that flight doesn't fit.
 
     `wide` draws from all the ways in which people write a value (the first edition of each split had fewer). With `invent`, each slot
-    of `NAMED` gets an invented value with that probability.
+    of `NAMED` gets an invented value with that probability; with `nicknames` a place that has another name is called by it.
     """
     done = Filled(phrasing, other=other or flight, nicknames=nicknames)
     slots = set(re.findall(r"{(\w+)}", phrasing))
