@@ -1,7 +1,6 @@
 """What a file of your own is like, told before anything is trained on it: rows, lengths, repeats, overlap with a test file, minutes here."""
 
 import json
-import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -84,15 +83,11 @@ def _lengths(tokens: list[int], limit: int, prompt: str = "the prompt included")
     return f"{told}: {'all fit' if not long else f'{len(long)} do not: ' + ', '.join(long[:5]) + ('' if len(long) < 6 else ' …')}"
 
 
-def _words(question: str) -> str:
-    return " ".join(re.findall(r"\w+", question.lower()))
-
-
 def _alike(rows: list[dict]) -> str:
     """Questions that differ by capitals and punctuation alone, and whether their answers do."""
     by_words = defaultdict(list)
     for number, row in enumerate(rows, 1):
-        by_words[_words(row["question"])].append((number, row["sql"]))
+        by_words[flights.words(row["question"])].append((number, row["sql"]))
     groups = [group for group in by_words.values() if len(group) > 1]
     if not groups:
         return "no two questions have the same words"
@@ -113,10 +108,10 @@ def _overlap(questions: list[str], held: dict) -> str:
     """How much of the test files stands in the questions that are trained on: whole ones, and word triples."""
     if not held:
         return "no test file was named (--test FILE): keep some questions aside that are never trained on"
-    trained, triples, told = {_words(question) for question in questions}, set().union(*map(flights.ngrams, questions)), []
+    trained, triples, told = {flights.words(question) for question in questions}, set().union(*map(flights.ngrams, questions)), []
     for name, rows in held.items():
         asked = rows["question"]
-        same = [number for number, question in enumerate(asked, 1) if _words(question) in trained]
+        same = [number for number, question in enumerate(asked, 1) if flights.words(question) in trained]
         shares = [len(found & triples) / len(found) for question in asked if (found := flights.ngrams(question))]
         seen = f"{sum(shares) / len(shares):.0%} of its word triples" if shares else "no word triples"
         few = f" (only {len(asked)} questions: an interval over so few is wide)" if len(asked) < FEW else ""

@@ -210,6 +210,11 @@ def subset(questions, n: int = 100, seed: int = 0):
     return questions.select(sorted(chosen[:n]))
 
 
+def words(question: str) -> tuple[str, ...]:
+    """A question's words, whatever stands between them: two that differ by capitals and punctuation alone have the same."""
+    return tuple(re.findall(r"\w+", question.lower()))
+
+
 def ngrams(question: str, n: int = 3) -> set[tuple[str, ...]]:
     """The word n-grams of a question, lower-cased, punctuation dropped."""
     words = re.findall(r"[a-z0-9']+", question.lower())

@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from intents import INTENTS, UNANSWERABLE  # noqa: E402
 from values import AIRLINES, GROUPS, HELD_OUT, NAMED, NICKNAMES, fill  # noqa: E402
 
-from helpers.flights import REFUSAL, SPLITS, database_path, ngrams, read_jsonl  # noqa: E402
+from helpers.flights import REFUSAL, SPLITS, database_path, ngrams, read_jsonl, words  # noqa: E402
 from helpers.scoring import tie_variants  # noqa: E402
 
 SIXTH = 6
@@ -240,11 +240,11 @@ def table() -> str:
     """The datasheet's table: size and sha256 of each file, and how much of its wording training has already shown."""
     splits = {split: read_jsonl(HERE / f"{split}.jsonl") for split in SPLITS}
     seen = {gram for row in splits["train"] for gram in ngrams(row["question"])}
-    exact = {words(row) for row in splits["train"]}
+    exact = {words(row["question"]) for row in splits["train"]}
     lines = ["| file | questions | phrasings | word triples seen in training | questions seen in training | sha256 |", "|---|---|---|---|---|---|"]
     for split, rows in splits.items():
         shares = [len(grams & seen) / len(grams) for row in rows if (grams := ngrams(row["question"]))]
-        same = sum(words(row) in exact for row in rows)
+        same = sum(words(row["question"]) in exact for row in rows)
         overlap = "– | –" if split == "train" else f"{sum(shares) / len(shares):.0%} on average | {same}"
         phrasings = len({row.get("phrasing", row["id"]) for row in rows})
         digest = hashlib.sha256((HERE / f"{split}.jsonl").read_bytes()).hexdigest()
@@ -257,13 +257,8 @@ def table() -> str:
 def apart(rows: list[dict], others: list[dict]) -> list[dict]:
     """The rows that share no `RUN` words in a row with the others, and are none of them if they have fewer: what is scored wasn't trained
     on, in part either (Brown et al. 2020 did so with 13 words; these questions are shorter)."""
-    held = {run for row in others for run in ngrams(row["question"], RUN)} | {words(row) for row in others}
-    return [row for row in rows if not (ngrams(row["question"], RUN) | {words(row)}) & held]
-
-
-def words(row: dict) -> tuple[str, ...]:
-    """A question's words, whatever stands between them."""
-    return tuple(re.findall(r"\w+", row["question"].lower()))
+    held = {run for row in others for run in ngrams(row["question"], RUN)} | {words(row["question"]) for row in others}
+    return [row for row in rows if not (ngrams(row["question"], RUN) | {words(row["question"])}) & held]
 
 
 def build(passes: list[Pass]) -> dict[str, str]:
