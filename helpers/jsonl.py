@@ -35,17 +35,21 @@ def same_question(row: dict) -> tuple[str, dict]:
     return key, {key: "field 'question': the same question as line {}; remove one of them"}
 
 
-def read(path: str | Path, required: tuple[str, ...], check=None, slow_check=None, seconds: float = CHECK_SECONDS, same=None) -> list[dict]:
+def read(
+    path: str | Path, required: tuple[str, ...], check=None, slow_check=None, seconds: float = CHECK_SECONDS, same=None, also: tuple[str, ...] = (), templates: bool = False
+) -> list[dict]:
     """The rows of a JSON Lines file: the `required` fields, non-empty texts, and those of `OPTIONAL` that a row has (others None).
 
     Raises one CourseError for all that is wrong, with file, line, field and remedy. `same` gives a row's key, and the keys of earlier
     rows that it may not stand beside, each with what is said of it (None: no question comes twice, spaces around it and case aside). CRLF line ends and a byte-order mark, which Windows editors write, are read as if they
     weren't there. Fields that the course doesn't know are left out, and that is said. `check` is called with each row and
     raises a CourseError; so is `slow_check`, in a file that is otherwise good: all its calls together may take `seconds`, with a bar.
+    `also` names further texts that a row may have; with `templates` a text may hold marks of chat templates.
     """
     path = Path(path)
     same = same or (same_question if "question" in required else lambda row: (None, {}))
-    rows, problems, ignored = _parse(path, required, check, same)
+    optional = OPTIONAL | dict.fromkeys(also, str)
+    rows, problems, ignored = _parse(path, required, check, same, optional, templates)
     if slow_check and not problems:
         _check(rows, slow_check, seconds, problems)
     if problems:
@@ -54,12 +58,12 @@ def read(path: str | Path, required: tuple[str, ...], check=None, slow_check=Non
         raise CourseError(f"{path.name} was not loaded, nothing of it:\n  {said}{more}")
     if ignored:
         print(f"{path.name}: fields that the course doesn't use are left out: {', '.join(map(ascii, sorted(ignored)[:SHOWN]))}")
-    names = [*required, *(name for name in OPTIONAL if name not in required and any(name in row for _, row in rows))]
+    names = [*required, *(name for name in optional if name not in required and any(name in row for _, row in rows))]
     order = [name for name in rows[0][1] if name in names]
     return [{name: row.get(name) for name in [*order, *(n for n in names if n not in order)]} for _, row in rows]
 
 
-def _parse(path: Path, required, check, same) -> tuple[list[tuple[int, dict]], list[tuple[int, str]], set[str]]:
+def _parse(path: Path, required, check, same, optional: dict, templates: bool) -> tuple[list[tuple[int, dict]], list[tuple[int, str]], set[str]]:
     """Rows and problems, each with its line's number, and the names of fields that are left out."""
     rows, problems, seen, ignored = [], [], {}, set()
     try:
@@ -76,14 +80,14 @@ def _parse(path: Path, required, check, same) -> tuple[list[tuple[int, dict]], l
                 if not raw.strip():
                     continue
                 try:
-                    row = _row(raw, required, path.name)
-                    ignored |= row.keys() - OPTIONAL.keys() - set(required)
+                    row = _row(raw, required, path.name, optional, templates)
+                    ignored |= row.keys() - optional.keys() - set(required)
                     key, others = same(row)
                     for other, said in others.items():
                         if other in seen:
                             raise Problem(said.format(seen[other]))
                     seen[key] = number
-                    row = {name: value for name, value in row.items() if name in OPTIONAL or name in required}
+                    row = {name: value for name, value in row.items() if name in optional or name in required}
                     if check:
                         check(row)
                     rows.append((number, row))
@@ -134,7 +138,7 @@ def _other_shape(head: bytes, required) -> str:
     return ""
 
 
-def _row(raw: bytes, required, name: str) -> dict:
+def _row(raw: bytes, required, name: str, optional: dict, templates: bool) -> dict:
     """The object on one line, its fields looked at."""
     if isinstance(raw, TooLong):
         raise Problem(f"{raw.length:,} bytes long (limit {MAX_LINE_BYTES:,}); is a line end missing?")
@@ -163,10 +167,10 @@ def _row(raw: bytes, required, name: str) -> dict:
         _check_text(field, row[field])
         if not row[field].strip():
             raise Problem(f"field {field!r} is empty; fill it in or remove the line")
-        if mark := TEMPLATE.search(row[field]):
+        if not templates and (mark := TEMPLATE.search(row[field])):
             raise Problem(f"field {field!r} holds {mark[0]!r}, a mark of a chat template; write the text alone: the template is put around it later")
     _check_repeats(row, required[0], required[1:])
-    for field, kind in OPTIONAL.items():
+    for field, kind in optional.items():
         if field in required or row.get(field) is None:
             continue
         if field == "id" and isinstance(row[field], int) and not isinstance(row[field], bool):

@@ -257,3 +257,33 @@ def frontier(points: list[dict], title: str):
     axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=5)
     text = f"Points, each with its house style and its execution accuracy in percent. {'; '.join(words)}."
     return _finish(axis, title, text, xlabel="house style, % of the paired rules kept by right answers", ylabel="execution accuracy, %")
+
+
+def heat(frame, title: str, rows: str, columns: str):
+    """A DataFrame of shares (0 to 1) as a map: a shade and its percentage a cell, darker the larger."""
+    axis = _axis(1.2 + 0.3 * len(frame), 2.6 + 1.15 * frame.shape[1])
+    axis.imshow(frame.to_numpy(float), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for i, (_, row) in enumerate(frame.iterrows()):
+        for j, share in enumerate(row):
+            axis.text(j, i, f"{100 * share:.0f} %", ha="center", va="center", fontsize=8, color="white" if share > 0.5 else "black")
+    axis.set_yticks(range(len(frame)), [str(name) for name in frame.index])
+    axis.set_xticks(range(frame.shape[1]), [textwrap.fill(str(name), 12) for name in frame.columns])
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    each = [f"{name}: " + ", ".join(f"{column} {100 * share:.0f} %" for column, share in row.items()) for name, row in frame.iterrows()]
+    return _finish(axis, title, f"A map of shares, {rows} by {columns}. {'; '.join(each)}.")
+
+
+def spans(rows: dict, title: str, x: str, unit: str = "{:.0f}"):
+    """One line for each name: a dot at its value and its interval, {name: (value, low, high)}."""
+    axis = _axis(0.9 + 0.36 * len(rows))
+    for place, (value, low, high) in enumerate(rows.values()):
+        axis.plot([low, high], [place, place], "|-", color=BLACK, linewidth=1.4, markersize=7)
+        axis.plot(value, place, "o", color=BLUE, markersize=7)
+        axis.text(high, place, "  " + unit.format(value), va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.margins(x=0.12)
+    each = [f"{name} {unit.format(value)} ({unit.format(low)} to {unit.format(high)})" for name, (value, low, high) in rows.items()]
+    return _finish(axis, title, f"Dots of {x} with their intervals: {', '.join(each)}.", xlabel=x)

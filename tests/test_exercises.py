@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from course import exercises
+from course.exercises import comparing
 from helpers.checks import check, right
 from helpers.runtime import ROOT
 
@@ -272,7 +273,7 @@ def test_fewer_rounds_of_the_right_idea_pass():
 
 def test_an_unknown_mistake_and_a_wrong_shape_are_told_apart():
     def tried(value):
-        return exercises.compare(value, [1.0, 2.0], {}, "yes").says
+        return comparing.compare(value, [1.0, 2.0], {}, "yes").says
 
     assert tried([1.0, 2.0]) == "right. yes"
     assert tried([1.0, 2.5]).startswith("not right: the numbers differ.")

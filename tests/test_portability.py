@@ -21,7 +21,7 @@ import pytest
 from helpers import flights, runtime, sql
 from helpers.runtime import ROOT
 
-FILES = [path for folder in ("helpers", "course", "tests") for path in sorted((ROOT / folder).glob("*.py"))]
+FILES = [path for folder in ("helpers", "course", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 NEEDS = {"make": shutil.which("make"), "git": shutil.which("git")}
 
 

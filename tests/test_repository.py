@@ -28,7 +28,7 @@ TEXTS = [
         ROOT / "environment.yml",
         *(ROOT / "notebooks").glob("**/*.ipynb"),
         *(ROOT / "helpers").glob("*.py"),
-        *(ROOT / "course").glob("*.py"),
+        *(ROOT / "course").rglob("*.py"),
     )
     if p.exists()
 ]
@@ -62,7 +62,7 @@ def test_every_dependency_is_locked_within_its_range():
 
 def imported(package):
     """Top-level names that a package's files import, anywhere in them."""
-    return {name for path in (ROOT / package).glob("*.py") for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M)}
+    return {name for path in (ROOT / package).rglob("*.py") for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M)}
 
 
 def test_every_import_of_helpers_is_a_named_dependency():
@@ -122,7 +122,7 @@ def test_nothing_unwanted_is_tracked():
 
 
 def test_no_remote_code_and_no_pickle():
-    for path in [*(ROOT / "helpers").glob("*.py"), *(ROOT / "course").glob("*.py")]:
+    for path in [*(ROOT / "helpers").glob("*.py"), *(ROOT / "course").rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code" not in text and "torch.load" not in text and "import pickle" not in text
 
@@ -133,13 +133,12 @@ LARGE = 300  # lines: a file that outgrows them is looked at
 REASONS = {  # larger ones that have been looked at: why each is one file
     "helpers/sql.py": "Guard, limits and worker are one wall against hostile queries, and the worker's process runs this file alone.",
     "course/gpu.py": "Cases, their measurement and their record are one command, for the minutes in which a GPU is at hand.",
-    "course/exercises.py": "A list of checks, none of which uses another: it grows with the exercises.",
 }
 
 
 def outgrown(root, reasons):
     """What is wrong with the sizes of the files of helpers and course: a large one without a reason, a reason without a large one."""
-    files = [path for package in ("helpers", "course") for path in sorted((root / package).glob("*.py"))]
+    files = [path for package in ("helpers", "course") for path in sorted((root / package).rglob("*.py"))]
     lines = {path.relative_to(root).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     large = {name: n for name, n in lines.items() if n > LARGE}
     found = [f"{name} has {n} lines: split it, or say in REASONS why it is one file" for name, n in large.items() if name not in reasons]
@@ -187,7 +186,7 @@ def test_the_house_has_floors_and_no_circle():
 def test_the_contracts_can_fail(tmp_path, file, line, says):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for package in ("helpers", "course"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=lambda _, names: [name for name in names if not name.endswith(".py")])
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / file, "a", encoding="utf-8") as out:
         out.write(f"\n{line}\n")
     status, output = floors(tmp_path)

@@ -1,0 +1,96 @@
+"""What a model knew before it was trained for a job: plain questions with checkable answers, and how well it predicts ordinary text."""
+
+import re
+from pathlib import Path
+
+from helpers import generation, jsonl
+from helpers.files import CourseError
+from helpers.runtime import DATA, progress_bar
+
+PLAIN = DATA / "probe" / "plain.jsonl"
+TEXT = DATA / "held_out" / "text.txt"
+LONGEST = 32  # tokens of an answer: what comes later doesn't count
+BLOCK = 32  # tokens of text whose mean loss is one figure: an interval over text resamples these
+
+
+def load_plain(path: str | Path = PLAIN) -> list[dict]:
+    """Plain questions from a JSON Lines file: id, intent, question, `answer`, a regular expression for the words of a right one, and
+    `choice`, a right one in words.
+
+    Read whole or not at all: each bad line is named with its remedy (CourseError).
+    """
+
+    def check(row):
+        try:
+            re.compile(row["answer"])
+        except re.error as error:
+            raise CourseError(f"field 'answer' is no regular expression ({error}); correct it") from None
+        if right(row, row["question"]):
+            raise CourseError("field 'answer' finds the question itself, so that repeating it would be right; ask otherwise")
+
+        if not right(row, row["choice"]):
+            raise CourseError("field 'choice' is no right answer by the field 'answer'; correct one of them")
+
+    return jsonl.read(path, ("id", "intent", "question", "answer", "choice"), check)
+
+
+def right(row: dict, answer: str) -> bool:
+    """Whether an answer has the words of a right one in it, whole words, capitals aside."""
+    return re.search(rf"(?<!\w)(?:{row['answer']})(?!\w)", answer, re.I) is not None
+
+
+def ask(model, tokenizer, rows: list[dict], progress: str = "") -> list[dict]:
+    """A record a question, {"id", "intent", "correct", "said"}: asked as a person would, without a system prompt of the course's."""
+    chats = [[{"role": "user", "content": row["question"]}] for row in rows]
+    answers = generation.generate(model, tokenizer, chats, max_new_tokens=LONGEST, progress=progress)
+    return [{"id": r["id"], "intent": r["intent"], "correct": right(r, answer), "said": answer} for r, answer in zip(rows, answers, strict=True)]
+
+
+def choices(rows: list[dict]) -> list[list[str]]:
+    """Four answers to each question: the right one, then the right ones of the next three questions of its intent that it differs from."""
+    found = []
+    for place, row in enumerate(rows):
+        others = [other["choice"] for other in [*rows[place + 1 :], *rows[:place]] if other["intent"] == row["intent"] and not right(row, other["choice"])]
+        found.append([row["choice"], *list(dict.fromkeys(others))[:3]])
+    return found
+
+
+def choose(model, tokenizer, rows: list[dict], progress: str = "") -> list[dict]:
+    """What a model knows, whether it says so or not: a record a question, `correct` where of four answers it finds the right one the most
+    probable (log p a token, as multiple-choice benchmarks score)."""
+    import torch
+
+    base, found = model.get_base_model() if hasattr(model, "peft_config") else model, []
+    with torch.inference_mode(), progress_bar(len(rows), progress) as bar:
+        for row, answers in zip(rows, choices(rows), strict=True):
+            chat = [{"role": "user", "content": row["question"]}]
+            head = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")["input_ids"].to(model.device)
+            said = [tokenizer(answer)["input_ids"] for answer in answers]
+            width = max(map(len, said))
+            read = base.model(input_ids=head, use_cache=True)  # the question once, then its four answers behind it
+            read.past_key_values.batch_repeat_interleave(len(said))
+            ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in said], device=model.device)
+            rest = base.model(input_ids=ids, past_key_values=read.past_key_values)[0]
+            hidden = torch.cat([read[0][:, -1:].expand(len(said), -1, -1), rest[:, :-1]], 1)  # (answers, width, hidden): what predicts each token
+            log_p = base.lm_head(hidden).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+            scores = [float(values[: len(ids)].mean()) for values, ids in zip(log_p, said, strict=True)]
+            found.append({"id": row["id"], "intent": row["intent"], "correct": scores[0] > max(scores[1:])})
+            bar.update(1)
+    return found
+
+
+def token_losses(model, tokenizer, text: str | None = None, window: int = 512):
+    """The loss of each token of a text (None: the one of notebook 01, which no model has seen), in nats: a float32 tensor.
+
+    Read in windows of that many tokens, each from its beginning; a window's first token has no loss.
+    """
+    import torch
+
+    ids = torch.tensor(tokenizer(text or TEXT.read_text(encoding="utf-8"))["input_ids"])
+    found = []
+    with torch.inference_mode():
+        for part in ids.split(window):
+            if len(part) > 1:
+                logits = model(part[None].to(model.device)).logits[0, :-1].float()
+                found.append(torch.nn.functional.cross_entropy(logits, part[1:].to(logits.device), reduction="none").cpu())
+    return torch.cat(found)
