@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from helpers import generation, jsonl
+from helpers import generation, jsonl, prefix
 from helpers.files import CourseError
 from helpers.runtime import DATA, progress_bar
 
@@ -14,8 +14,8 @@ BLOCK = 32  # tokens of text whose mean loss is one figure: an interval over tex
 
 
 def load_plain(path: str | Path = PLAIN) -> list[dict]:
-    """Plain questions from a JSON Lines file: id, intent, question, `answer`, a regular expression for the words of a right one, and
-    `choice`, a right one in words.
+    """Plain questions from a JSON Lines file: id, intent, question, `answer`, a regular expression for the words of a right one, `choice`,
+    a right one in words, and `others`, three wrong ones of the same kind with | between them.
 
     Read whole or not at all: each bad line is named with its remedy (CourseError).
     """
@@ -30,13 +30,16 @@ def load_plain(path: str | Path = PLAIN) -> list[dict]:
 
         if not right(row, row["choice"]):
             raise CourseError("field 'choice' is no right answer by the field 'answer'; correct one of them")
+        wrong = row["others"].split("|")
+        if len(set(wrong)) != 3 or any(right(row, other) for other in wrong):
+            raise CourseError("field 'others' needs three different wrong answers with | between them; correct it")
 
-    return jsonl.read(path, ("id", "intent", "question", "answer", "choice"), check)
+    return jsonl.read(path, ("id", "intent", "question", "answer", "choice", "others"), check)
 
 
 def right(row: dict, answer: str) -> bool:
-    """Whether an answer has the words of a right one in it, whole words, capitals aside."""
-    return re.search(rf"(?<!\w)(?:{row['answer']})(?!\w)", answer, re.I) is not None
+    """Whether an answer has the words of a right one in it, whole words, capitals aside; a query never is one (`month = 7`)."""
+    return not re.search(r"\bSELECT\b", answer) and re.search(rf"(?<!\w)(?:{row['answer']})(?!\w)", answer, re.I) is not None
 
 
 def ask(model, tokenizer, rows: list[dict], progress: str = "") -> list[dict]:
@@ -46,32 +49,28 @@ def ask(model, tokenizer, rows: list[dict], progress: str = "") -> list[dict]:
     return [{"id": r["id"], "intent": r["intent"], "correct": right(r, answer), "said": answer} for r, answer in zip(rows, answers, strict=True)]
 
 
-def choices(rows: list[dict]) -> list[list[str]]:
-    """Four answers to each question: the right one, then the right ones of the next three questions of its intent that it differs from."""
-    found = []
-    for place, row in enumerate(rows):
-        others = [other["choice"] for other in [*rows[place + 1 :], *rows[:place]] if other["intent"] == row["intent"] and not right(row, other["choice"])]
-        found.append([row["choice"], *list(dict.fromkeys(others))[:3]])
-    return found
+BLIND = "What is the answer?"  # the control's question: which answers are probable in themselves
 
 
-def choose(model, tokenizer, rows: list[dict], progress: str = "") -> list[dict]:
+def choose(model, tokenizer, rows: list[dict], blind: bool = False, progress: str = "") -> list[dict]:
     """What a model knows, whether it says so or not: a record a question, `correct` where of four answers it finds the right one the most
-    probable (log p a token, as multiple-choice benchmarks score)."""
+    probable (log p a token, as multiple-choice benchmarks score). `blind`: the control, the same answers without their question."""
     import torch
+    from transformers import DynamicCache
 
     base, found = model.get_base_model() if hasattr(model, "peft_config") else model, []
     with torch.inference_mode(), progress_bar(len(rows), progress) as bar:
-        for row, answers in zip(rows, choices(rows), strict=True):
-            chat = [{"role": "user", "content": row["question"]}]
+        for row in rows:
+            chat = [{"role": "user", "content": BLIND if blind else row["question"]}]
             head = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")["input_ids"].to(model.device)
-            said = [tokenizer(answer)["input_ids"] for answer in answers]
-            width = max(map(len, said))
-            read = base.model(input_ids=head, use_cache=True)  # the question once, then its four answers behind it
-            read.past_key_values.batch_repeat_interleave(len(said))
+            said = [tokenizer(answer)["input_ids"] for answer in (row["choice"], *row["others"].split("|"))]
+            width, cache = max(map(len, said)), DynamicCache()
+            kept = {prefix.cache_argument(type(base.model)): cache}
+            last = base.model(input_ids=head, use_cache=True, **kept)[0][:, -1:]  # the question once, then its answers behind it
+            cache.batch_repeat_interleave(len(said))
             ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in said], device=model.device)
-            rest = base.model(input_ids=ids, past_key_values=read.past_key_values)[0]
-            hidden = torch.cat([read[0][:, -1:].expand(len(said), -1, -1), rest[:, :-1]], 1)  # (answers, width, hidden): what predicts each token
+            rest = base.model(input_ids=ids, use_cache=True, **kept)[0]
+            hidden = torch.cat([last.expand(len(said), -1, -1), rest[:, :-1]], 1)  # (answers, width, hidden): what predicts each token
             log_p = base.lm_head(hidden).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
             scores = [float(values[: len(ids)].mean()) for values, ids in zip(log_p, said, strict=True)]
             found.append({"id": row["id"], "intent": row["intent"], "correct": scores[0] > max(scores[1:])})

@@ -23,6 +23,7 @@ def test_the_committed_questions_are_many_and_none_holds_its_answer():
         ("four|4", "It has 14 legs", False),
         ("shoes?|socks?", "A shoe", True),
         ("H2O|H₂O", "H₂O, of course", True),
+        ("seven|7", "SELECT COUNT(*) FROM flights WHERE month = 7", False),
     ],
 )
 def test_an_answer_is_right_by_its_words(answer, said, right):
@@ -31,11 +32,11 @@ def test_an_answer_is_right_by_its_words(answer, said, right):
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"answer": "("}, "no regular expression"), ({"answer": "capital"}, "finds the question itself"), ({"answer": " "}, "is empty"), ({"intent": 3}, "is a number"), ({"choice": "Rome"}, "no right answer")],
+    [({"answer": "("}, "no regular expression"), ({"answer": "capital"}, "finds the question itself"), ({"answer": " "}, "is empty"), ({"intent": 3}, "is a number"), ({"choice": "Rome"}, "no right answer"), ({"others": "Rome|Bonn"}, "three different"), ({"others": "Rome|Bonn|Paris"}, "three different")],
 )
 def test_a_bad_line_is_named(tmp_path, change, says):
     path = tmp_path / "plain.jsonl"
-    path.write_text(json.dumps({"id": "a", "intent": "x", "question": "What is the capital?", "answer": "Paris", "choice": "Paris"} | change), encoding="utf-8")
+    path.write_text(json.dumps({"id": "a", "intent": "x", "question": "What is the capital?", "answer": "Paris", "choice": "Paris", "others": "Rome|Bonn|Oslo"} | change), encoding="utf-8")
     with pytest.raises(CourseError, match=says):
         probe.load_plain(path)
 
@@ -55,13 +56,6 @@ def test_the_losses_of_a_text_are_those_of_transformers():
     assert len(halves) == len(found) - 1 and torch.allclose(halves[:7], found[:7], atol=1e-4)  # a window's first token has no loss
 
 
-def test_four_answers_to_choose_from_the_right_one_first():
-    rows = [{"intent": "x", "answer": f"{c}|{c}{c}", "choice": c} for c in "abcaad"] + [{"intent": "y", "answer": "z", "choice": "z"}]
-    found = probe.choices(rows)
-    assert found[0] == ["a", "b", "c", "d"] and found[2] == ["c", "a", "d", "b"] and found[-1] == ["z"]
-    assert all(len(four) == len(set(four)) == 4 for four in probe.choices(probe.load_plain()))
-
-
 @pytest.mark.slow
 def test_an_answer_is_chosen_by_its_log_probability_a_token():
     """Against the whole text in one forward pass, without a cache."""
@@ -69,7 +63,8 @@ def test_an_answer_is_chosen_by_its_log_probability_a_token():
 
     model, tokenizer, rows = models.load_model(16, torch.float32), models.load_tokenizer(), probe.load_plain()[:6]
     expected = []
-    for row, answers in zip(rows, probe.choices(rows), strict=True):
+    for row in rows:
+        answers = (row["choice"], *row["others"].split("|"))
         head = tokenizer.apply_chat_template([{"role": "user", "content": row["question"]}], add_generation_prompt=True, return_dict=True)["input_ids"]
         scores = []
         for said in (tokenizer(answer)["input_ids"] for answer in answers):
@@ -78,6 +73,8 @@ def test_an_answer_is_chosen_by_its_log_probability_a_token():
             scores.append(log_p.mean().item())
         expected.append(scores[0] > max(scores[1:]))
     assert [r["correct"] for r in probe.choose(model, tokenizer, rows)] == expected and len(set(expected)) == 2
+    blind = probe.choose(model, tokenizer, rows, blind=True)
+    assert blind == probe.choose(model, tokenizer, [row | {"question": probe.BLIND} for row in rows]) != probe.choose(model, tokenizer, rows)
 
 
 @pytest.mark.slow
