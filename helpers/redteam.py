@@ -186,10 +186,10 @@ class Ground(contextlib.AbstractContextManager):
         command = [sys.executable, "-I", "-S", "-c", UNGUARDED, str(self.database)]
         try:
             done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=self.limits.kill_seconds, cwd=self.folder)
-            seen = done.stdout.decode(errors="replace")
+            seen = str(done.stdout, "utf-8", "replace")
             outcome = "outran" if "MemoryError" in seen else "error" if "\nerror" in seen or done.returncode else "ran"
         except subprocess.TimeoutExpired as late:
-            seen, outcome = (late.stdout or b"").decode(errors="replace"), "outran"
+            seen, outcome = str(late.stdout or b"", "utf-8", "replace"), "outran"
         return self._told(outcome, seen, time.perf_counter() - start)
 
     def _told(self, outcome: str, seen: str, seconds: float) -> dict:

@@ -49,6 +49,7 @@ STARRED = {  # what `**name` stands for in a call; a dict of the course's own se
     ("transformers.GenerationMixin.generate", "prompt"): ("input_ids", "attention_mask"),
     ("transformers.GenerationMixin.generate", "sampling"): ("do_sample", "temperature", "top_k", "past_key_values"),
     (LLAMA, "tokenizer(text[:600], return_tensors='pt').to(model.device)"): ("input_ids", "attention_mask"),
+    ("transformers.LlamaModel.forward", "kept"): ("past_key_values",),  # or its later name: `prefix.cache_argument`
     ("transformers.LlamaModel.forward", "kwargs"): ("input_ids", "attention_mask", "use_cache"),  # what TRL's trainer hands to the forward
     (LLAMA, "kwargs"): ("input_ids", "attention_mask", "use_cache"),
     ("transformers.AutoConfig.for_model", "self.shape"): (),
