@@ -98,7 +98,7 @@ from helpers import ask, flights, generation, sql
 class Asker(ask.Asker):
     def __init__(self, stage):
         self.system, self.tokenizer, self.model, self.whole = "", None, None, contextlib.ExitStack()
-        self.worker = sql.Worker(flights.database_path())
+        self.worker, self.calibration = sql.Worker(flights.database_path()), None
 def one(query, *arguments):
     generation.generate = lambda *_, **__: [query]
     ask.Asker = Asker
