@@ -29,7 +29,7 @@ def answers(count: int) -> list[tuple[str, str, bool]]:
 
 
 class Here:
-    """In place of `sql.Worker`: the query in this process."""
+    """In place of `worker.Worker`: the query in this process."""
 
     def __init__(self, path, limits=None):
         from helpers import sql
@@ -49,9 +49,9 @@ class Here:
 
 
 def main(count: int) -> None:
-    from helpers import flights, scoring, sql
+    from helpers import domain, flights, scoring
 
-    asked, worker = answers(count), sql.Worker
+    asked, worker = answers(count), domain.Worker
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) / "own.jsonl"
         rows = [row for row in flights.load_questions("validation") if row["sql"] != flights.REFUSAL][:200]
@@ -74,11 +74,11 @@ def main(count: int) -> None:
         seconds, verdicts = {}, {}
         for _ in range(ROUNDS):
             for name, kind in (("here", Here), ("own process", worker)):
-                sql.Worker = kind
+                domain.Worker = kind
                 taken, verdicts[name] = judged()
                 seconds.setdefault(f"judging, {name}", []).append(taken)
                 seconds.setdefault(f"loading, {name}", []).append(loaded()[1])
-        sql.Worker = worker
+        domain.Worker = worker
         assert verdicts["here"] == verdicts["own process"]
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for what in ("judging", "loading"):

@@ -94,11 +94,15 @@ def one(kit, folder):
         said(error)
 """
 ASK = """
-from helpers import ask, flights, generation, sql
+from helpers import ask, flights, generation
+try:
+    from helpers.worker import Worker
+except ImportError:
+    from helpers.sql import Worker
 class Asker(ask.Asker):
     def __init__(self, stage):
         self.system, self.tokenizer, self.model, self.whole = "", None, None, contextlib.ExitStack()
-        self.worker, self.calibration = sql.Worker(flights.database_path()), None
+        self.worker, self.calibration = Worker(flights.database_path()), None
 def one(query, *arguments):
     generation.generate = lambda *_, **__: [query]
     ask.Asker = Asker

@@ -16,6 +16,7 @@ from helpers.command import status
 from helpers.extract import extract_sql
 from helpers.menu import COURSE_MODEL, choose
 from helpers.runtime import setup
+from helpers.worker import Worker
 
 MAX_QUESTION = 500  # characters
 
@@ -31,7 +32,7 @@ class Asker:
             self.model = models.load_model() if stage == "base" else adapters.load_adapter(dpo.main_adapter(stage))
         self.whole = contextlib.ExitStack()
         self.whole.enter_context(dense.written_out(self.model))  # once, not once a question
-        self.worker = sql.Worker(flights.database_path())
+        self.worker = Worker(flights.database_path())
         self.calibration = confidence.recorded(stage) if choose().name == COURSE_MODEL else None
 
     def answer(self, question: str, length: int | None = None) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 from helpers import sql
 from helpers.files import CourseError, building, sha256
 from helpers.runtime import cache_dir
+from helpers.worker import Worker
 
 LARGEST = 300_000_000  # bytes of a database that is copied in part, to judge answers on
 
@@ -49,9 +50,9 @@ class Domain:
         """The other databases on which an answer is judged."""
         return self.other_instances() if self.other_instances else halves(self.path())
 
-    def worker(self, path: Path | None = None) -> sql.Worker:
+    def worker(self, path: Path | None = None) -> Worker:
         """A process that runs queries on the database, or on another instance of it, read-only and bounded."""
-        return sql.Worker(path or self.path(), sql.Limits(tables=self.tables))
+        return Worker(path or self.path(), sql.Limits(tables=self.tables))
 
     def refuses(self, answer: str) -> bool:
         """Whether an answer is the refusal, or holds it: capitals, the full stop and the kind of apostrophe aside."""

@@ -21,6 +21,7 @@ from helpers.extract import extract_sql
 from helpers.files import CourseError
 from helpers.flights import FLIGHTS
 from helpers.runtime import DATA
+from helpers.worker import Worker
 
 ATTACKS = DATA / "attacks" / "attacks.jsonl"
 FAMILIES = {  # of the committed attacks, each by its entry in OWASP's Top 10 for LLM Applications, 2025
@@ -133,7 +134,7 @@ class Ground(contextlib.AbstractContextManager):
         self._kept = tempfile.TemporaryDirectory(prefix="ground-", ignore_cleanup_errors=True)
         self.folder, self.original, self.limits = Path(self._kept.name), domain.path(), limits
         self.database = self.folder / "flights.db"
-        self.worker = sql.Worker(self.database, limits)
+        self.worker = Worker(self.database, limits)
         self.fresh()
 
     def fresh(self) -> None:
@@ -153,7 +154,7 @@ class Ground(contextlib.AbstractContextManager):
         return {path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def sandbox(self, answer: str) -> dict:
-        """The course's way (`helpers.ask`): the query in the answer, if there is one, run by a `sql.Worker`. The outcome is "nothing to
+        """The course's way (`helpers.ask`): the query in the answer, if there is one, run by a `worker.Worker`. The outcome is "nothing to
         run", "rows", or "stopped: " and `SqlError.reason`."""
         return self._worked([query] if (query := extract_sql(answer)) else [])
 

@@ -1,11 +1,11 @@
 """Runs SQL that a person or a language model typed against the flights database (or another), which it can read and nothing else.
 
 Two ways in. `execute` runs a query in this process, fast enough to score hundreds: SQLite refuses all but SELECT, and
-a time limit stops a slow query between two of its steps. `Worker` (or `run_untrusted`) runs it in a process of its own,
+a time limit stops a slow query between two of its steps. `helpers.worker` runs it in a process of its own,
 which can also be killed in the middle of a step, and which has no rights worth stealing. This file is that process's
 script as well, hence only the standard library and no import from the course.
 
-In this order: what is allowed, its limits and sentences; in this process; a worker as its owner sees it; the worker's own side.
+In this order: what is allowed, its limits and sentences; in this process; the worker's own side.
 """
 
 import contextlib
@@ -15,11 +15,8 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
-import threading
 import time
-import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -54,7 +51,6 @@ SQLITE_LIMITS = {
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
 STEPS_BETWEEN_CHECKS = 200  # of SQLite's virtual machine: about 5 µs; at 50 the check's own cost begins to show
-START_SECONDS = 30  # the worker starts in 0.05 s; a laptop's virus scanner may add seconds
 MESSAGES = {  # reason: the sentence; {detail} is SQLite's own message, which learners need
     "empty": "There is no SQL here: type one SELECT.",
     "syntax": "SQLite can't read this query ({detail}): correct it and run it again.",
@@ -114,7 +110,7 @@ def printable(text: str, keep: str = "") -> str:
     return CONTROLS.sub(written, text)
 
 
-def _problem(reason: str, detail: str = "", limits: Limits = Limits()) -> SqlError:
+def problem(reason: str, detail: str = "", limits: Limits = Limits()) -> SqlError:
     detail = printable(" ".join(detail.split()))  # SQLite quotes the query, lines and all
     detail = detail if len(detail) <= 200 else detail[:200] + "…"
     flights = tuple(limits.tables) == TABLES
@@ -134,7 +130,7 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
     """
     path = Path(path).resolve()
     if not path.is_file():  # SQLite's own message would name the path
-        raise _problem("missing database", "no such file", limits)
+        raise problem("missing database", "no such file", limits)
     connection = None
     try:
         # immutable: the file is renamed into place once built, so no locks and no look for a journal beside it
@@ -155,7 +151,7 @@ def connect(path: str | Path, limits: Limits = Limits()) -> sqlite3.Connection:
     except sqlite3.Error as error:
         if connection:
             connection.close()
-        raise _problem("missing database", str(error), limits) from None
+        raise problem("missing database", str(error), limits) from None
     if hasattr(connection, "enable_load_extension"):  # some builds of Python leave it out
         connection.enable_load_extension(False)
     if hasattr(connection, "setconfig"):  # Python 3.12; see _names_only for 3.11
@@ -202,7 +198,7 @@ def execute(connection: sqlite3.Connection, sql: str, limits: Limits = Limits())
     Raises SqlError. Not for hostile SQL: one step of SQLite that takes long (trim() with a long second argument) runs
     to its end here, past `seconds`; a `Worker` would be killed.
     """
-    _check_text(sql, limits)
+    check_text(sql, limits)
     if not hasattr(connection, "setconfig"):
         sql = _names_only(sql)
     deadline = time.monotonic() + limits.seconds
@@ -212,23 +208,23 @@ def execute(connection: sqlite3.Connection, sql: str, limits: Limits = Limits())
         cursor.execute(sql)
         if cursor.description is None:  # nothing to run, or a statement that does its work unasked (REINDEX)
             bare = re.sub(r"--[^\n]*|/\*.*?(\*/|\Z)", "", sql, flags=re.S).strip("; \t\r\n\f\ufeff")
-            raise _problem("forbidden" if bare else "empty", "not a SELECT", limits)
+            raise problem("forbidden" if bare else "empty", "not a SELECT", limits)
         return _collect(cursor, limits)
     except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
         reason = _reason(error)
         if reason is None:
             raise
-        raise _problem(reason, str(error) or "out of memory", limits) from None
+        raise problem(reason, str(error) or "out of memory", limits) from None
     finally:
         cursor.close()  # first: a half-read query would hold its memory
         connection.set_progress_handler(None, 0)
 
 
-def _check_text(sql: str, limits: Limits) -> None:
+def check_text(sql: str, limits: Limits) -> None:
     if re.search("[\0\ud800-\udfff]", sql):  # SQLite would stop reading at the one; the other can't be sent to it
-        raise _problem("syntax", "a null character, or half a character (a lone surrogate), is in it")
+        raise problem("syntax", "a null character, or half a character (a lone surrogate), is in it")
     if (size := len(sql.encode())) > limits.sql_bytes:
-        raise _problem("too large", f"the query has {size:,} bytes, the limit is {limits.sql_bytes:,}")
+        raise problem("too large", f"the query has {size:,} bytes, the limit is {limits.sql_bytes:,}")
 
 
 def _names_only(sql: str) -> str:
@@ -253,9 +249,9 @@ def _collect(cursor: sqlite3.Cursor, limits: Limits) -> Result:
             size = len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 8
             total += size
             if size > limits.value_bytes:
-                raise _problem("too large", f"a value has {size:,} bytes, the limit is {limits.value_bytes:,}")
+                raise problem("too large", f"a value has {size:,} bytes, the limit is {limits.value_bytes:,}")
         if total > limits.result_bytes:
-            raise _problem("too large", f"the answer has more than {limits.result_bytes:,} bytes")
+            raise problem("too large", f"the answer has more than {limits.result_bytes:,} bytes")
         rows.append(row)
     return Result([column[0] for column in cursor.description], rows, truncated=next(cursor, None) is not None)
 
@@ -281,131 +277,6 @@ def _reason(error: Exception) -> str | None:
     if re.search("too (many|large|big|complex)|at most|stack overflow", text) and "variable" not in text:
         return "too large"
     return "syntax"
-
-
-# ---------------------------------------------------------------- a worker, as its owner sees it
-
-
-def run_untrusted(sql: str, path: str | Path, limits: Limits = Limits()) -> Result:
-    """Runs one SELECT in a fresh process (about 0.05 s more); a `Worker` spares that. Raises SqlError."""
-    with Worker(path, limits) as worker:
-        return worker.run(sql)
-
-
-class Worker(contextlib.AbstractContextManager):
-    """A process that runs one query after another on the database at `path`, killed and replaced when one hangs.
-
-    A context manager. Threads may share one: their queries run in turn. The process starts with the first query. A fork of
-    the process that holds it starts one of its own.
-    """
-
-    def __init__(self, path: str | Path, limits: Limits = Limits()):
-        self.path, self.limits = Path(path).resolve(), limits
-        self._process: subprocess.Popen | None = None
-        self._lock = threading.Lock()
-        _workers.add(self)
-
-    def run(self, sql: str, seconds: float | None = None) -> Result:
-        """Runs one SELECT (`seconds`: with another time limit than the worker's). Raises SqlError, at the latest a second or so after the limit."""
-        _check_text(sql, self.limits)
-        limits = self.limits if seconds is None else replace(self.limits, seconds=seconds, kill_seconds=seconds + 1)
-        with self._lock:
-            # An end of its own accord isn't told from an end between two queries, by other hands: each query has two goes
-            answer = self._run(sql, limits) or self._run(sql, limits)
-        if answer is None:
-            raise _problem("crashed")
-        return Result(answer["columns"], [tuple(row) for row in answer["rows"]], answer["truncated"])
-
-    def _run(self, sql: str, limits: Limits) -> dict | None:
-        if self._process is None or self._process.poll() is not None:  # none yet, or ended by something else
-            self.close()
-            self._start()
-        return self._ask({"sql": sql, "seconds": limits.seconds}, limits)
-
-    def close(self) -> None:
-        """Ends the process; a later `run` starts a new one."""
-        process, self._process = self._process, None
-        if process:
-            process.kill()
-            process.communicate()  # waits for it and closes the pipes, whatever is still in them
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def __reduce__(self):
-        """A copy starts a process of its own. (datasets pickles what a filter's function names, this module and its workers included.)"""
-        return Worker, (self.path, self.limits)
-
-    def _let_go(self) -> None:
-        """In a fork: the process and its pipes are the parent's alone."""
-        process, self._process, self._lock = self._process, None, threading.Lock()
-        if process:
-            process.returncode = 0  # not this process's child: nothing to wait for
-            with open(os.devnull, "r+b") as nothing:  # not closed, as whoever closes the files later would close another's
-                for pipe in (process.stdin, process.stdout):
-                    os.dup2(nothing.fileno(), pipe.fileno(), inheritable=False)
-
-    def _start(self) -> None:
-        # -I -S: no course folder, no site-packages on its path (a .pth there can import torch). A bare environment:
-        # tokens and keys are no business of a process that runs what strangers type. PATH: conda's Python on Windows finds
-        # its SQLite there.
-        keep = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in keep if name in os.environ},
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-        try:
-            if self._ask({"path": str(self.path), "limits": asdict(self.limits)}, replace(self.limits, kill_seconds=START_SECONDS)) is None:
-                raise _problem("crashed")
-        except SqlError:
-            self.close()
-            raise
-
-    def _ask(self, message: dict, limits: Limits) -> dict | None:
-        """Sends a line, returns the line that comes back; None where the process ended by itself. Raises SqlError."""
-        process, late = self._process, threading.Event()
-
-        def stop():
-            late.set()
-            process.kill()  # which ends the readline below
-
-        timer = threading.Timer(limits.kill_seconds, stop)
-        timer.start()
-        line = b""
-        try:
-            with contextlib.suppress(OSError):  # it died before it read the question
-                process.stdin.write(json.dumps(message).encode() + b"\n")
-                process.stdin.flush()
-                line = process.stdout.readline(10 * self.limits.result_bytes)  # JSON writes é as \u00e9
-        finally:
-            timer.cancel()
-            timer.join()  # from here on it can't fire into the next query
-            if late.is_set() or not line.endswith(b"\n"):  # or the reader was interrupted, by Ctrl-C
-                self.close()
-        if not line.endswith(b"\n"):
-            if late.is_set():
-                raise _problem("killed", limits=limits)
-            return None
-        answer = json.loads(line, object_hook=lambda o: bytes.fromhex(o["hex"]) if "hex" in o else o)
-        if "reason" in answer:
-            raise SqlError(answer["message"], answer["reason"])
-        return answer
-
-
-_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for worker in list(_workers):
-        worker._let_go()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 # ---------------------------------------------------------------- the worker's own side

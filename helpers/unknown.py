@@ -6,6 +6,7 @@ import os
 import re
 
 from helpers import sql
+from helpers.worker import Worker
 
 COMPARED = 10  # values that are looked for: each is a query
 MOST = 5000  # distinct values of a column that are compared; a column with more is one of numbers or free text
@@ -40,7 +41,7 @@ def conditions(query: str) -> tuple[list[tuple[str, str, object]], list[str]]:
     return list(dict.fromkeys(found)), [table.name for table in tree.find_all(exp.Table)]
 
 
-def named(query: str, worker: sql.Worker) -> list[str]:
+def named(query: str, worker: Worker) -> list[str]:
     """A sentence for each value that `query` compares a column with and that no row of the worker's database has.
 
     "no airline is called 'Jet Green'; nearest: JetBlue Airways". A column is looked for in the tables that the query names; one that

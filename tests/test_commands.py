@@ -86,10 +86,10 @@ class FakeAsker(ask.Asker):
     """The real worker and rules, with canned answers in place of the model's."""
 
     def __init__(self, answers):
-        from helpers import sql
+        from helpers import worker
 
         self.system, self.tokenizer, self.model, self.answers = "", None, None, answers
-        self.worker, self.whole, self.calibration = sql.Worker(flights.database_path()), contextlib.ExitStack(), None
+        self.worker, self.whole, self.calibration = worker.Worker(flights.database_path()), contextlib.ExitStack(), None
 
 
 @pytest.fixture

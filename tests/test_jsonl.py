@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import convert, dpo, flights, jsonl, recipes, scoring, sql
+from helpers import convert, dpo, flights, jsonl, recipes, scoring
 from helpers.files import CourseError
 from helpers.runtime import ROOT
+from helpers.worker import Worker
 
 GOOD = b'{"question": "how many?", "sql": "SELECT COUNT(*) FROM flights"}\n'
 ROW = {"question": "how many?", "sql": "SELECT COUNT(*) FROM flights"}
@@ -244,7 +245,7 @@ def test_a_quick_check_speaks_beside_the_other_problems(tmp_path):
 
 
 def test_a_bad_line_is_told_before_any_query_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(sql.Worker, "run", lambda *_: pytest.fail("run"))
+    monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("run"))
     with pytest.raises(CourseError, match="line 2"):
         flights.load_questions(write(tmp_path, GOOD + b"{\n"))
 

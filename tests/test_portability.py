@@ -20,6 +20,7 @@ import pytest
 
 from helpers import flights, runtime, sql
 from helpers.runtime import ROOT
+from helpers.worker import Worker, run_untrusted
 
 FILES = [path for folder in ("helpers", "course", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 NEEDS = {"make": shutil.which("make"), "git": shutil.which("git")}
@@ -275,7 +276,7 @@ def db(tmp_path):
     return tmp_path / "flights.db"
 
 
-def reason(worker: sql.Worker, query: str) -> str:
+def reason(worker: Worker, query: str) -> str:
     try:
         worker.run(query)
     except sql.SqlError as error:
@@ -283,11 +284,11 @@ def reason(worker: sql.Worker, query: str) -> str:
     return "ok"
 
 
-def worker_that(there: str, tmp_path: Path, monkeypatch, db: Path) -> sql.Worker:
+def worker_that(there: str, tmp_path: Path, monkeypatch, db: Path) -> Worker:
     """A worker whose process runs the lines `there` before helpers/sql.py."""
     (tmp_path / "shim.py").write_text(SHIM.format(there=there, path=sql.__file__), encoding="utf-8")
     monkeypatch.setattr(sql, "__file__", str(tmp_path / "shim.py"))
-    return sql.Worker(db, sql.Limits(seconds=0.3, kill_seconds=1.0))
+    return Worker(db, sql.Limits(seconds=0.3, kill_seconds=1.0))
 
 
 @pytest.mark.parametrize("lacking", LACKS)
@@ -313,7 +314,7 @@ def test_what_is_taken_away_is_missed(tmp_path, monkeypatch, db):
 
 def _spawned(path: Path, query: str) -> tuple:
     try:
-        return tuple(sql.run_untrusted(query, path).rows)
+        return tuple(run_untrusted(query, path).rows)
     except sql.SqlError as error:
         return (error.reason,)
 
@@ -323,9 +324,9 @@ def test_a_spawned_process_can_use_all_of_it(db):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         asked = [(db, "SELECT count(*) FROM flights"), (db, "DROP TABLE flights")]
         assert pool.starmap_async(_spawned, asked).get(60) == [((1,),), ("forbidden",)]
-        assert pool.apply_async(sql.run_untrusted, ("SELECT 1", db)).get(60) == sql.Result(["1"], [(1,)], False)
+        assert pool.apply_async(run_untrusted, ("SELECT 1", db)).get(60) == sql.Result(["1"], [(1,)], False)
         with pytest.raises(sql.SqlError, match="SELECT") as caught:  # the error itself comes back
-            pool.apply_async(sql.run_untrusted, ("DROP TABLE flights", db)).get(60)
+            pool.apply_async(run_untrusted, ("DROP TABLE flights", db)).get(60)
         assert isinstance(caught.value, sql.SqlError)
 
 

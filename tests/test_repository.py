@@ -131,7 +131,7 @@ def test_no_remote_code_and_no_pickle():
 
 LARGE = 300  # lines: a file that outgrows them is looked at
 REASONS = {  # larger ones that have been looked at: why each is one file
-    "helpers/sql.py": "Guard, limits and worker are one wall against hostile queries, and the worker's process runs this file alone.",
+    "helpers/sql.py": "Guard and limits are one wall against hostile queries, and the worker's process runs this file alone.",
     "course/gpu.py": "Cases, their measurement and their record are one command, for the minutes in which a GPU is at hand.",
 }
 

@@ -9,6 +9,7 @@ import pytest
 from helpers import flights, generation, intervals, scoring
 from helpers.files import CourseError
 from helpers.scoring import extract_sql, same_result, same_value
+from helpers.worker import Worker
 
 EXTRACT = {
     "SELECT 1": "SELECT 1",
@@ -122,8 +123,8 @@ def test_judge(answer, reference, kind):
 
 
 def test_a_query_runs_once_on_each_instance_and_the_oldest_results_make_room(monkeypatch):
-    judge, ran, run = scoring.Judge(), [], scoring.safe.Worker.run
-    monkeypatch.setattr(scoring.safe.Worker, "run", lambda worker, sql, seconds: ran.append(sql) or run(worker, sql, seconds))
+    judge, ran, run = scoring.Judge(), [], Worker.run
+    monkeypatch.setattr(Worker, "run", lambda worker, sql, seconds: ran.append(sql) or run(worker, sql, seconds))
     other = COUNT.replace("*", "1")
     assert all(judge.judge(other, COUNT)["correct"] for _ in range(2)) and ran == [other, COUNT] * 3
     monkeypatch.setattr(scoring, "KEPT", 7)

@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 
 from helpers import sql
-from helpers.sql import Limits, Result, SqlError, Worker, connect, execute, run_untrusted
+from helpers.sql import Limits, Result, SqlError, connect, execute
+from helpers.worker import Worker, run_untrusted
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = """
@@ -198,12 +199,12 @@ def test_names_only_changes_nothing_but_names(query, expected):
 
 
 def test_a_copy_of_a_worker_starts_a_process_of_its_own(db):
-    with sql.Worker(db, sql.Limits(rows=1)) as worker:
+    with Worker(db, sql.Limits(rows=1)) as worker:
         worker.run("SELECT 1")
         with pickle.loads(pickle.dumps(worker)) as copy:
             assert copy.run("SELECT month FROM flights").truncated and copy._process.pid != worker._process.pid
     hashed = "from datasets.fingerprint import Hasher\nprint(Hasher.hash(lambda row: row['sql'] != flights.REFUSAL))"
-    code = f"from helpers import flights, sql\nworker = sql.Worker(flights.database_path())\nworker.run('SELECT 1')\n{hashed}"
+    code = f"from helpers import flights\nfrom helpers.worker import Worker\nworker = Worker(flights.database_path())\nworker.run('SELECT 1')\n{hashed}"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(sql.__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -354,7 +355,7 @@ def test_a_kill_that_comes_just_after_the_answer_never_hits_the_next_query(db, m
         for i in range(5):
             worker.run("SELECT 1")
             with monkeypatch.context() as patch:
-                patch.setattr(sql.threading, "Timer", Late)
+                patch.setattr(threading, "Timer", Late)
                 assert worker.run(f"SELECT {i}").rows == [(i,)], "the answer was there, so it counts"
             assert worker.run(f"SELECT -{i}").rows == [(-i,)]
 
@@ -437,7 +438,7 @@ def test_printable_writes_out_what_would_not_be_shown():
 
 
 def test_worker_ends_with_its_parent(db):
-    code = "import sys\nfrom helpers.sql import Worker\nw = Worker(sys.argv[1])\nw.run('SELECT 1')\nprint(w._process.pid)"
+    code = "import sys\nfrom helpers.worker import Worker\nw = Worker(sys.argv[1])\nw.run('SELECT 1')\nprint(w._process.pid)"
     done = subprocess.run([sys.executable, "-c", code, db], cwd=ROOT, capture_output=True, text=True, timeout=60)
     if not Path("/proc/self").exists():
         pytest.skip("no /proc here")
@@ -504,7 +505,8 @@ DRIVER = """
 import json, sys
 root, path, limits = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sys.path.insert(0, root)
-from helpers.sql import Limits, SqlError, Worker
+from helpers.sql import Limits, SqlError
+from helpers.worker import Worker
 def peak():
     try:
         import resource

@@ -9,9 +9,9 @@ LONGEST = "SELECT MAX(dep_delay) FROM flights WHERE carrier = 'HA'"
 
 def rows_of(answer: str) -> list:
     """What an answer's SQL returns on the real database; SqlError where it doesn't run."""
-    from helpers import flights, scoring, sql
+    from helpers import flights, scoring, worker
 
-    return sql.run_untrusted(scoring.extract_sql(answer) or answer, flights.database_path()).rows
+    return worker.run_untrusted(scoring.extract_sql(answer) or answer, flights.database_path()).rows
 
 
 @check
