@@ -33,7 +33,7 @@ def generate(
     answers, sure = [""] * len(prompts), [0.0] * len(prompts)
     if not prompts:
         return answers
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = prefix.inner_model(model)
     may_end = functools.cache(lambda token: not stop_at or any(c in stop_at for c in _text(tokenizer, [token])))
     ended = stop and (lambda ids: may_end(ids[-1]) and stop(_text(tokenizer, ids)))
     with torch.inference_mode(), prefix.attention(base), dense.written_out(model), progress_bar(len(prompts), progress) as bar:

@@ -50,7 +50,7 @@ def cpu_trainer_class():
             targets = inputs["labels"][:, 1:]  # (batch, tokens - 1); -100 where nothing is to be learnt
             supervised = targets != -100
             model = self.accelerator.unwrap_model(model)
-            base = model.get_base_model() if hasattr(model, "peft_config") else model
+            base = prefix.inner_model(model)
             count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
             with self.accelerator.autocast():
                 hidden = hidden_states(model, base, inputs["input_ids"], inputs["attention_mask"], self.share_prefix)[:, :-1][supervised]

@@ -149,6 +149,11 @@ def attention(base):
 
 
 @functools.cache
+def inner_model(model):
+    """transformers' own model: itself, or what PEFT's stands around, the adapters in its layers."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def cache_argument(decoder: type) -> str:
     """What a decoder's forward calls its key/value cache: past_key_values, and from transformers 5.24 on cache."""
     return "past_key_values" if "past_key_values" in inspect.signature(decoder.forward).parameters else "cache"

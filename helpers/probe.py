@@ -58,7 +58,7 @@ def choose(model, tokenizer, rows: list[dict], blind: bool = False, progress: st
     import torch
     from transformers import DynamicCache
 
-    base, found = model.get_base_model() if hasattr(model, "peft_config") else model, []
+    base, found = prefix.inner_model(model), []
     with torch.inference_mode(), progress_bar(len(rows), progress) as bar:
         for row in rows:
             chat = [{"role": "user", "content": BLIND if blind else row["question"]}]
