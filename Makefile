@@ -10,7 +10,7 @@ TORCH_INDEX ?= $(shell if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/d
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install course catch-up kit kit-check test test-fast test-unit test-notebooks test-alone lab refresh timings sweeps sweeps-check bench colab-check newest-check laptop-check gpu-check lint-workflows lock clean
+.PHONY: help install course catch-up kit kit-check test test-fast test-unit test-notebooks test-alone converter lab refresh timings sweeps sweeps-check bench colab-check newest-check laptop-check gpu-check lint-workflows lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ test-notebooks: install ## nbval over every notebook, alone (COURSE_PROFILE=t4: 
 
 test-alone: install ## each notebook by itself, with an empty runs/
 	@$(RUN) -m course alone
+
+converter: install ## llama.cpp's converter and server, apart from all else, for notebook 06 (34 MB)
+	@$(RUN) -m helpers.gguf_files
 
 lab: install ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb

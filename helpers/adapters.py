@@ -61,6 +61,22 @@ def merge(model):
     return model.merge_and_unload()
 
 
+def merged(folder: Path, dtype=None):
+    """The course model with an exported adapter folded into it: into NF4's own values, written out in `dtype` (default: float32).
+
+    Those are the weights beside which the course trains (notebook 02), so that the answers are the adapter's; the weights from before
+    NF4 are others. In float32 they are the same to the last digits (tested); what is stored in 16 bits is rounded once more.
+    """
+    import torch
+    from peft import PeftModel
+
+    if not is_adapter(folder):
+        raise CourseError(f"There is no adapter in {Path(folder).name}/: training.sft_adapter() and dpo.adapter() train theirs when missing.")
+    vetting.check(folder)
+    dtype = dtype or torch.float32
+    return merge(PeftModel.from_pretrained(load_model(4, dtype).dequantize(dtype), folder)).eval()
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether an exported adapter stands in a folder, both of its files."""
     return all((Path(folder) / name).exists() for name in (vetting.CONFIG, vetting.WEIGHTS))

@@ -112,3 +112,24 @@ def building(target: Path, need_bytes: int = 0):
         with told(target.name), tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True) as folder:
             yield Path(folder) / target.name
             os.replace(Path(folder) / target.name, target)
+
+
+@contextmanager
+def replacing(target: Path, need_bytes: int = 0):
+    """As `building`, for a file or folder that may be there already: it stands until the new one is whole. Yields a scratch path."""
+    fresh = target.with_name(f"{target.name}.new")
+    with told(fresh.name):
+        _remove(fresh)  # of a run that was killed at its very end
+    with building(fresh, need_bytes) as scratch:
+        yield scratch
+    with told(target.name):
+        if target.is_dir():
+            _remove(target)  # a folder can't be put in another's place
+        os.replace(fresh, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

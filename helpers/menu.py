@@ -60,8 +60,9 @@ MENU = {entry.name: entry for entry in (_entry(*line.split()) for line in TABLE.
 
 
 def choose(name: str | None = None) -> Entry:
-    """The model of that name, else the one that COURSE_MODEL names, else the course model."""
+    """The model of that name or Hub id (as exported adapters and models name theirs), else the one that COURSE_MODEL names, else the course model."""
     name = name or os.environ.get("COURSE_MODEL") or COURSE_MODEL
+    name = next((entry.name for entry in MENU.values() if entry.repo == name), name)
     if name not in MENU:
         raise CourseError(f"Unknown model {name!r}: the menu has {', '.join(MENU)}. Set COURSE_MODEL to one of them, or unset it.")
     return MENU[name]
