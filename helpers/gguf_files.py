@@ -40,7 +40,7 @@ FAILURES = {  # what pip's output holds, and what to tell; the last is for all e
     "There are wheels for Linux, macOS 13 and 64-bit Windows; all else of the course works without.",
     "": "Could not download llama.cpp's tools (" + ", ".join(TOOLS) + ", 34 MB, needed once): is there a network? All else of the course works without.",
 }
-KINDS = ("f16", "bf16", "q8_0", "f32")  # what the converter writes; llama.cpp's K-quants, Q4_K_M for one, are its C++ quantizer's, which no wheel has
+KINDS = ("f16", "bf16", "q8_0", "f32")  # what the converter writes; llama.cpp's K-quants, Q4_K_M for one, are its C++ quantizer's, which neither wheel has
 ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # what the gguf package can round to
 
 

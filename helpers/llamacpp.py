@@ -38,21 +38,26 @@ class LlamaCpp(contextlib.AbstractContextManager):
             threads = torch.get_num_threads()
         self.name, self.rows, self.key = Path(path).name, rows, secrets.token_urlsafe(24)
         command = [sys.executable, "-m", "helpers.llamacpp", "--serve"]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, cwd=ROOT, **pipes, text=True, encoding="utf-8", start_new_session=True)  # out of Ctrl-C's reach
         settings = {"tools": str(tools), "model": str(Path(path).resolve()), "lora": str(Path(lora).resolve()) if lora else None}
-        self.process.stdin.write(json.dumps(settings | {"threads": threads, "rows": rows, "key": self.key}) + "\n")
-        self.process.stdin.flush()
-        said = self.process.stdout.readline()  # "" where it ended, as llama.cpp does on some damaged files
+        try:
+            self.process.stdin.write(json.dumps(settings | {"threads": threads, "rows": rows, "key": self.key}) + "\n")
+            self.process.stdin.flush()
+            said = self.process.stdout.readline()  # "" where it ended, as llama.cpp does on some damaged files
+        except BaseException:
+            self.close()
+            raise
         if not said.startswith("http://127.0.0.1:"):
             self.close()
             raise CourseError(f"llama.cpp could not load {self.name}{f' with {Path(lora).name}' if lora else ''}: {said.strip() or 'it ended'}. Convert it again.")
         self.address = said.strip()
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business here
+        self.reach = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # a proxy has no business here
 
     def _ask(self, path: str, body: dict) -> dict:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         try:
-            with self.opener.open(urllib.request.Request(self.address + path, json.dumps(body).encode(), headers), timeout=SECONDS) as reply:
+            with self.reach(urllib.request.Request(self.address + path, json.dumps(body).encode(), headers), timeout=SECONDS) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as error:
             with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -74,13 +74,13 @@ def test_no_path_of_this_machine(exported):
     ("change", "says"),
     [
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1] + b"!"), "model.safetensors in copy/ isn't the file"),
-        (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), "chat_template.jinja in copy/ isn't the file"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8"), "chat_template.jinja in copy/ isn't the file"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json in copy/ isn't the file"),
         (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "holds 'pytorch_model.bin'"),
         (lambda f: (f / "adapter_config.json").write_bytes(b"{}"), "holds 'adapter_config.json'"),  # transformers would load it
         (lambda f: (f / "modeling.py").write_bytes(b""), "holds 'modeling.py'"),
-        (lambda f: (f / "provenance.json").write_text("["), "provenance.json in copy/ can't be read"),
-        (lambda f: (f / "provenance.json").write_text('{"files": 3}'), "provenance.json in copy/ can't be read"),
+        (lambda f: (f / "provenance.json").write_text("[", encoding="utf-8"), "provenance.json in copy/ can't be read"),
+        (lambda f: (f / "provenance.json").write_text('{"files": 3}', encoding="utf-8"), "provenance.json in copy/ can't be read"),
         (lambda f: (f / "provenance.json").unlink(), "no exported model in copy/"),
         (lambda f: shutil.rmtree(f), "no exported model in copy/"),
     ],
@@ -92,13 +92,13 @@ def test_a_changed_export_is_refused(copy, change, says):
 
 
 def test_a_card_may_stand_beside_and_code_may_not_be_named(copy):
-    (copy / "README.md").write_text("a card")
+    (copy / "README.md").write_text("a card", encoding="utf-8")
     export.check(copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling.Mine"}}))
-    said = json.loads((copy / "provenance.json").read_text())
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling.Mine"}}), encoding="utf-8")
+    said = json.loads((copy / "provenance.json").read_text(encoding="utf-8"))
     said["files"]["config.json"] = export.sha256(copy / "config.json")  # as a forger would
-    (copy / "provenance.json").write_text(json.dumps(said))
+    (copy / "provenance.json").write_text(json.dumps(said), encoding="utf-8")
     with pytest.raises(CourseError, match="config.json in copy/ names code to run"):
         export.check(copy)
 
@@ -116,7 +116,7 @@ def test_what_can_not_be_exported(tmp_path):
         export.export_model(model, tmp_path / "x")
     assert left(tmp_path) == []
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(CourseError, match="mine/ is there and holds something else"):
         export.export_model(small(), tmp_path / "mine")
     assert left(tmp_path / "mine") == ["thesis.txt"]
@@ -200,7 +200,7 @@ def test_merged_answers_as_the_adapter_does_and_so_does_a_fresh_process(adapter,
         assert (merged(ids).logits - other).abs().max() > 0.05  # into the weights from before NF4
     folder = export.export_model(merged, tmp_path / "shipped", adapter)
     stored, its_tokenizer = export.load_exported(folder, torch.float32)
-    assert "quantization" not in (folder / "config.json").read_text()
+    assert "quantization" not in (folder / "config.json").read_text(encoding="utf-8")
     expected = generation.generate(stored, its_tokenizer, chats, max_new_tokens=12)
     assert len(set(expected)) == 2 and generation.generate(models.load_model(16, torch.float32), tokenizer, chats, max_new_tokens=12) != expected
     done = subprocess.run([sys.executable, "-c", PLAIN, str(folder), json.dumps(chats)], cwd=tmp_path, capture_output=True, text=True)

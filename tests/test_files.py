@@ -282,3 +282,29 @@ def test_other_errors_are_not_hidden(tmp_path):
 
 def test_an_error_steers_no_terminal():
     assert str(CourseError("a\x1b[2J\tb\nc\x07\u202e\ud800é")) == "a\\x1b[2J\tb\nc\\x07\\u202e\\ud800é"
+
+
+# ---------------------------------------------------------------- in place of what is there
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_replaced_stands_until_the_new_one_is_whole(tmp_path, kind):
+    def make(path, text):
+        if kind == "folder":
+            path.mkdir()
+        (path / "x" if kind == "folder" else path).write_text(text, encoding="utf-8")
+
+    def there():
+        return {p.relative_to(tmp_path).as_posix(): p.read_text(encoding="utf-8") for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+    target, name = tmp_path / "a", "a/x" if kind == "folder" else "a"
+    for text in ("one", "two"):
+        with files.replacing(target) as scratch:
+            make(scratch, text)
+        assert there() == {name: text}
+    make(tmp_path / "a.new", "of a run that was killed at its very end")
+    for error in (KeyboardInterrupt, CourseError):
+        with pytest.raises(error), files.replacing(target) as scratch:
+            make(scratch, "three")
+            raise error
+        assert there() == {name: "two"}

@@ -73,8 +73,8 @@ def test_only_a_checked_export_is_converted(tmp_path, monkeypatch):
         gguf_files.convert(tmp_path, tmp_path / "m.gguf", "Q4_K_M")
     with pytest.raises(CourseError, match="no exported model"):
         gguf_files.convert(tmp_path, tmp_path / "m.gguf")
-    (tmp_path / "provenance.json").write_text('{"files": {}}')
-    (tmp_path / "tokenization.py").write_text("print('run')")  # the converter would allow it to run
+    (tmp_path / "provenance.json").write_text('{"files": {}}', encoding="utf-8")
+    (tmp_path / "tokenization.py").write_text("print('run')", encoding="utf-8")  # the converter would allow it to run
     with pytest.raises(CourseError, match="holds 'tokenization.py'"):
         gguf_files.convert(tmp_path, tmp_path / "m.gguf")
 
@@ -86,7 +86,7 @@ def test_a_converter_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"w")
-    (folder / "provenance.json").write_text(json.dumps({"files": {"model.safetensors": export.sha256(folder / "model.safetensors")}}))
+    (folder / "provenance.json").write_text(json.dumps({"files": {"model.safetensors": export.sha256(folder / "model.safetensors")}}), encoding="utf-8")
     target = tmp_path / "m.gguf"
     target.write_bytes(b"old")
     write = "import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'wb').write(b'new'); "
@@ -95,11 +95,11 @@ def test_a_converter_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         (write + "raise OSError(28, 'No space left on device')", "The disk filled up while writing m.gguf"),
         ("pass", "could not convert model/ .no reason given"),
     ):
-        script.write_text(program)
+        script.write_text(program, encoding="utf-8")
         with pytest.raises(CourseError, match=says):
             gguf_files.convert(folder, target)
         assert target.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["m.gguf", "model", "tools"]
-    script.write_text(write + "import os; assert os.environ['HF_HUB_OFFLINE'] == '1' and sys.argv[sys.argv.index('--outtype') + 1] == 'q8_0'")
+    script.write_text(write + "import os; assert os.environ['HF_HUB_OFFLINE'] == '1' and sys.argv[sys.argv.index('--outtype') + 1] == 'q8_0'", encoding="utf-8")
     assert gguf_files.convert(folder, target, "q8_0").read_bytes() == b"new"
 
 
@@ -136,7 +136,7 @@ def test_rounding_keeps_all_but_the_matrices(file16, tmp_path):
 
 def test_what_is_no_gguf_file_is_told(file16, tmp_path):
     (tmp_path / "short.gguf").write_bytes(file16.read_bytes()[:200])
-    (tmp_path / "text.gguf").write_text("hello, this is a text")
+    (tmp_path / "text.gguf").write_text("hello, this is a text", encoding="utf-8")
     for name in ("short.gguf", "text.gguf"):
         with pytest.raises(CourseError, match=f"{name} is damaged, or no GGUF file"):
             gguf_files.contents(tmp_path / name)
@@ -183,7 +183,7 @@ def test_agreement():
     found = agreement.agreement(a, b, rows)
     assert (found.n, found.same_text, found.same_result, found.a.correct, found.b.correct) == (4, 0.25, 0.75, 3, 3)
     assert found.difference[0] == 0 and str(found).startswith("same text 25%, same result 75%; right 75% and 75%, a difference of +0.0 points")
-    assert agreement.agreement(["SELECT nothing", "x"], ["SELECT nothing_else", "y"], rows[:2]).same_result == 1  # the same failures
+    assert agreement.agreement(["SELECT nix", "x"], ["SELECT niente", "y"], rows[:2]).same_result == 1  # the same failures
     assert agreement.agreement(["SELECT 1"], ["SELECT 1, 2"], rows[:1]).same_result == 0  # another column is another result, if right all the same
 
 
@@ -237,7 +237,7 @@ def test_llama_cpp_reads_and_answers_as_transformers_does(shipped, tools, monkey
         import urllib.request
 
         with pytest.raises(urllib.error.HTTPError, match="401"):  # without the key
-            llama.opener.open(urllib.request.Request(llama.address + "/tokenize", b"{}", {"Content-Type": "application/json"}))
+            llama.reach(urllib.request.Request(llama.address + "/tokenize", b"{}", {"Content-Type": "application/json"}))
         llama.process.kill()
         with pytest.raises(CourseError, match="no longer answers"):
             llama.rendered(CHATS[0])

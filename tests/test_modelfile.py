@@ -88,7 +88,7 @@ def test_another_template_or_name_is_refused(tmp_path, jinja):
         with pytest.raises(CourseError, match=says):
             modelfile.write(tmp_path / "Modelfile", *arguments)
     assert not (tmp_path / "Modelfile").exists()
-    (tmp_path / "Modelfile").write_text("FROM ./m.gguf\nTEMPLAT x\n")
+    (tmp_path / "Modelfile").write_text("FROM ./m.gguf\nTEMPLAT x\n", encoding="utf-8")
     with pytest.raises(CourseError, match="can't be read from here on: 'TEMPLAT x'"):
         modelfile.read(tmp_path / "Modelfile")
 
