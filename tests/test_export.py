@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import adapters, export, files, flights, generation, menu, models, recipes, vetting
+from helpers import adapters, dense, export, files, flights, generation, menu, models, recipes, vetting
 from helpers.files import CourseError
 from helpers.runtime import ROOT
 
@@ -184,7 +184,7 @@ def adapter(short_model, tmp_path_factory):
     model = get_peft_model(models.load_model(16, torch.float32), recipes.lora_config(recipes.SFTRecipe(rank=4)))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            weight.data.normal_(std=0.02)
+            weight.data.normal_(std=0.1)
     return adapters.export_adapter(model, tmp_path_factory.mktemp("run") / "adapter")
 
 
@@ -195,7 +195,8 @@ def test_merged_answers_as_the_adapter_does_and_so_does_a_fresh_process(adapter,
     beside = adapters.load_adapter(adapter, bits=4, dtype=torch.float32)
     ids = torch.arange(40)[None]
     with torch.inference_mode():
-        torch.testing.assert_close(merged(ids).logits, beside(ids).logits, rtol=1e-4, atol=1e-3)
+        with dense.written_out(beside):  # else a processor with bfloat16 units would use them
+            torch.testing.assert_close(merged(ids).logits, beside(ids).logits, rtol=1e-4, atol=1e-3)
         other = adapters.merge(adapters.load_adapter(adapter, bits=16, dtype=torch.float32))(ids).logits
         assert (merged(ids).logits - other).abs().max() > 0.05  # into the weights from before NF4
     folder = export.export_model(merged, tmp_path / "shipped", adapter)
