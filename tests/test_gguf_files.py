@@ -3,6 +3,8 @@
 import json
 import re
 import subprocess
+import urllib.error
+import urllib.request
 from types import SimpleNamespace
 
 import gguf
@@ -203,7 +205,7 @@ def tools():
 
 @pytest.fixture(scope="module")
 def shipped(short_model, tools, tmp_path_factory):
-    """A trained-looking adapter on four layers: the adapter, what it is merged to, and both as GGUF files, the base's too."""
+    """A trained-looking adapter on four layers: base and adapter as GGUF files, and in transformers the base and what both are merged to."""
     from peft import get_peft_model
 
     place = tmp_path_factory.mktemp("shipped")
@@ -214,8 +216,7 @@ def shipped(short_model, tools, tmp_path_factory):
             weight.data.normal_(std=0.1)
     adapter = adapters.export_adapter(model, place / "adapter")
     base, merged = models.load_model(16, torch.float32), adapters.merge(model).eval()
-    for name, one in (("base", base), ("merged", merged)):
-        gguf_files.convert(export.export_model(one, place / name), place / f"{name}.gguf")
+    gguf_files.convert(export.export_model(base, place / "base"), place / "base.gguf")
     gguf_files.convert_adapter(adapter, place / "lora.gguf")
     return SimpleNamespace(place=place, base=base, merged=merged, tokenizer=models.load_tokenizer())
 
@@ -226,25 +227,22 @@ def test_llama_cpp_reads_and_answers_as_transformers_does(shipped, tools, monkey
     expected, plain = answer(shipped.merged), answer(shipped.base)
     assert expected != plain
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no business of a loopback address
-    with llamacpp.LlamaCpp(tools, shipped.place / "merged.gguf", rows=2) as llama:
-        assert all(one["prompt"] and one["tokens"] for one in llamacpp.compare_tokens(shipped.tokenizer, llama, CHATS))
+    with llamacpp.LlamaCpp(tools, shipped.place / "base.gguf", shipped.place / "lora.gguf", rows=2) as llama:
         assert llama.answers(CHATS[:2], 12)[0] == expected
+    with llamacpp.LlamaCpp(tools, shipped.place / "base.gguf") as llama:
+        assert llama.answers(CHATS[:2], 12)[0] == plain
+        assert all(one["prompt"] and one["tokens"] for one in llamacpp.compare_tokens(shipped.tokenizer, llama, CHATS))
+        other = [{"role": "user", "content": "x"}]
+        assert llama.tokens("x") != shipped.tokenizer.apply_chat_template(other, return_dict=True)["input_ids"]  # it can differ
         look_alike = llama.tokens(llama.rendered(CHATS[3]))
         assert look_alike.count(shipped.tokenizer.convert_tokens_to_ids("<|im_start|>")) == 4  # a typed one is a real one
         with pytest.raises(CourseError, match="llama.cpp refused"):
             llama.answers([[{"role": "user", "content": "a " * 5000}]], 12)
-        import urllib.error
-        import urllib.request
-
         with pytest.raises(urllib.error.HTTPError, match="401"):  # without the key
             llama.reach(urllib.request.Request(llama.address + "/tokenize", b"{}", {"Content-Type": "application/json"}))
         llama.process.kill()
         with pytest.raises(CourseError, match="no longer answers"):
             llama.rendered(CHATS[0])
-    with llamacpp.LlamaCpp(tools, shipped.place / "base.gguf", shipped.place / "lora.gguf") as llama:
-        assert llama.answers(CHATS[:2], 12)[0] == expected
-    with llamacpp.LlamaCpp(tools, shipped.place / "base.gguf") as llama:
-        assert llama.answers(CHATS[:2], 12)[0] == plain
 
 
 @pytest.mark.slow
