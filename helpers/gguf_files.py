@@ -107,7 +107,7 @@ def _read(path: Path):
         raise CourseError(f"{Path(path).name} is damaged, or no GGUF file ({str(error)[:80]}): convert the model again.") from None
 
 
-def requantize(source: Path, target: Path, kind: str = "Q4_1") -> Path:
+def requantize(source: Path, target: Path, kind: str = "Q4_0") -> Path:
     """Rounds a 16-bit GGUF's matrices to `kind` (one of `ROUNDED`; 4.5 bits a weight for Q4_0, 5 for Q4_1) with the gguf package.
 
     The embedding, here the output layer as well, stays at 8 bits, as llama.cpp's own quantizer has it; vectors stay as they are.
