@@ -113,6 +113,7 @@ def requantize(source: Path, target: Path, kind: str = "Q4_0") -> Path:
     The embedding, here the output layer as well, stays at 8 bits, as llama.cpp's own quantizer has it; vectors stay as they are.
     """
     import gguf
+    from gguf.quants import dequantize, quantize
 
     if kind not in ROUNDED:
         raise CourseError(f"The gguf package rounds to {', '.join(ROUNDED)}, not to {kind!r}.")
@@ -129,7 +130,7 @@ def requantize(source: Path, target: Path, kind: str = "Q4_0") -> Path:
             data, into = tensor.data, tensor.tensor_type
             if into.name in ("F16", "BF16", "F32") and len(tensor.shape) == 2:
                 into = gguf.GGMLQuantizationType["Q8_0" if tensor.name.startswith(("token_embd", "output.")) else kind]
-                data = gguf.quants.quantize(gguf.quants.dequantize(data, tensor.tensor_type), into)
+                data = quantize(dequantize(data, tensor.tensor_type), into)
             writer.add_tensor(tensor.name, data, raw_dtype=into)
         _finish(writer)
     return Path(target)
