@@ -114,10 +114,11 @@ def read(folder: Path):
     """The card in a folder (a `ModelCard`); CourseError where there is none, or its head is no metadata that the Hub takes."""
     from huggingface_hub import ModelCard
 
+    path = Path(folder) / parcel.CARD
+    if not path.is_file():  # else ModelCard would ask the Hub for a model of that name
+        raise CourseError(f"{Path(folder).name}/ has no {parcel.CARD}: write one with card.write().")
     try:
-        return ModelCard.load(Path(folder) / parcel.CARD)
-    except FileNotFoundError:
-        raise CourseError(f"{Path(folder).name}/ has no {parcel.CARD}: write one with card.write().") from None
+        return ModelCard.load(path)
     except Exception as error:  # YAML's errors, KeyError and ValueError: it may be anybody's
         raise CourseError(f"{parcel.CARD} in {Path(folder).name}/ has a head that can't be read ({type(error).__name__}): make the card again.") from None
 
