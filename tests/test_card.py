@@ -73,7 +73,7 @@ def test_the_head_names_base_and_licence_and_the_data_is_read_not_typed(board):
     head = made.data.to_dict()
     assert (head["base_model"], head["base_model_relation"], head["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "finetune", "apache-2.0")
     rows = len((DATA / "questions/train.jsonl").read_text(encoding="utf-8").splitlines())
-    assert f"`questions/train.jsonl`: {rows:,} questions, Apache-2.0" in str(made) and "not the original weights" in str(made)
+    assert f"`questions/train.jsonl`: {rows:,} questions, Apache-2.0" in str(made) and "not the original ones, but the 4-bit ones (Q4_1)" in str(made)
     assert "preferences/style.jsonl" not in str(made) and "preferences/style.jsonl" in str(card.make("x", board, stage="dpo"))
 
 

@@ -79,7 +79,7 @@ def test_the_grids_figures_are_codecarbons_with_their_source():
     from codecarbon.input import DataSource
 
     sources = DataSource().get_carbon_intensity_per_source_data()
-    assert energy.grid() == (475.0, "world mean of 2018, IEA") and "iea.org" in sources["world_average_source"] and "2019" in sources["world_average_source"]
+    assert energy.grid() == (sources["world_average"], "world mean of 2018, IEA") and "iea.org" in sources["world_average_source"] and "2019" in sources["world_average_source"]
     assert energy.grid("fra")[0] < 100 < energy.grid("DEU")[0]
     with pytest.raises(CourseError, match="No grid is known for 'DE': give a country's three letters"):
         energy.grid("DE")
@@ -96,3 +96,6 @@ def test_without_codecarbon_one_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(CourseError, match=r'pip install -c constraints.txt -e ".\[energy\]"'):
         energy.measured(lambda: 1)
+    with pytest.raises(CourseError, match="which isn't installed here"):
+        energy.grid("DEU")
+    assert energy.estimated(60, 1).intensity == 475  # needs nothing
