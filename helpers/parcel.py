@@ -17,9 +17,9 @@ WEIGHTS = (".safetensors", ".gguf")
 MOST = 10_000  # files
 WHOLE = 64_000_000  # bytes of a file that are searched
 SECRETS = {  # what would be taken for a key to something; each begins with fixed letters, which is quick to search for
-    "a token of the Hugging Face Hub": rb"hf_[A-Za-z0-9]{20,}",
+    "a token of the Hugging Face Hub": rb"hf_(?<!\whf_)[A-Za-z0-9]{20,}",
     "a token of GitHub": rb"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}",
-    "a key of a hosted model": rb"sk-[A-Za-z0-9_-]{20,}",
+    "a key of a hosted model": rb"sk-(?<!\wsk-)(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}",
     "a key of a cloud": rb"A(?:KIA|SIA|Iza)[\w-]{16,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a web token": rb"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",

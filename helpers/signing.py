@@ -53,12 +53,10 @@ def sign(folder: Path, private: Path) -> Path:
         raise CourseError(f"The private key lies in {folder.name}/, which is to be given away: move it elsewhere, and better make a new one.")
     parcel.check(folder)
     library = _library()
-    with tempfile.TemporaryDirectory() as place, _silent():
+    _check_private(private)
+    with told(parcel.SIGNATURE), tempfile.TemporaryDirectory() as place, _silent():
         made = Path(place) / parcel.SIGNATURE
-        try:
-            library.signing.Config().use_elliptic_key_signer(private_key=private).set_hashing_config(_hashing()).sign(folder, made)
-        except (OSError, ValueError, TypeError) as error:
-            raise CourseError(f"{private.name} can't be used ({type(error).__name__}): name a private key that make_key() made.") from None
+        library.signing.Config().use_elliptic_key_signer(private_key=private).set_hashing_config(_hashing()).sign(folder, made)
         write_whole(folder / parcel.SIGNATURE, made.read_text(encoding="utf-8"))
     return folder / parcel.SIGNATURE
 
@@ -102,6 +100,20 @@ def load_adapter(folder: Path, public: Path, bits: int = 4, dtype=None):
                 raise CourseError(f"There is no adapter in {Path(folder).name}/: {name} is missing.")
             os.replace(copy / name, alone / name)  # card, bill and signature stay behind: an adapter is two files
         return adapters.load_adapter(alone, bits, dtype)
+
+
+def _check_private(private: Path) -> None:
+    """CourseError where a file is no private key to sign with."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        if isinstance(form.load_pem_private_key(private.read_bytes(), None), ec.EllipticCurvePrivateKey):
+            return
+        kind = "of another kind"
+    except Exception as error:  # OSError, ValueError, TypeError for one with a password, UnsupportedAlgorithm
+        kind = type(error).__name__
+    raise CourseError(f"{private.name} can't be used ({kind}): name a private key that make_key() made.")
 
 
 def _hashing():

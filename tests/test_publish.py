@@ -202,6 +202,7 @@ def test_a_folder_without_card_or_weights_is_refused(exported):
         ("config.json", rb'{"a": "C:\\Users\\ada\\x"}', "config.json, line 1, holds a path"),
         ("config.json", b'{"a": "file:///Users/ada/x"}', "config.json, line 1, holds a path"),
         ("notes.md", b"see\n" + TOKEN.encode(), "notes.md, line 2, holds what looks like a token of the Hugging Face Hub"),
+        ("c.json", b'{"key": "sk-proj-abcdefghij0123456789"}', "c.json, line 1, holds what looks like a key of a hosted model"),
         ("a/b.yaml", b"key: AKIAABCDEFGHIJKLMNOP", "a/b.yaml, line 1, holds what looks like a key of a cloud"),
         ("k.pem", b"-----BEGIN EC PRIVATE KEY-----", "k.pem, line 1, holds what looks like a private key"),
         ("other.safetensors", (40).to_bytes(8, "little") + b'{"__metadata__":{"from":"/root/runs/x"}}', "other.safetensors, line 1, holds a path"),
@@ -216,7 +217,7 @@ def test_a_pickle_a_path_or_a_token_is_refused_and_never_shown(folder, name, con
 
 
 def test_ordinary_text_is_no_path_and_no_token(folder):
-    text = 'See https://example.org/home/x, a/tmp/b, ./runs/sft, "/", "Question:\\n", hf_hub_download, sk-learn, /usr/bin, HuggingFaceTB/SmolLM2.'
+    text = 'See https://example.org/home/x, a/tmp/b, ./runs/sft, "/", "Question:\\n", hf_hub_download, sk-learn, multi-task-specific-fine-tuning-methods, /usr/bin, HuggingFaceTB/SmolLM2.'
     (folder / "notes.md").write_text(text, encoding="utf-8")
     assert parcel.problems(folder) == []
 
