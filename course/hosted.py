@@ -25,9 +25,10 @@ NO_NETWORK = re.compile("NewConnectionError|ConnectTimeout|ReadTimeout|NameResol
 REMEMBER = {"transformers", "peft", "accelerate"}  # these keep in mind, from their import on, what is installed
 
 
-def requirements() -> list[str]:
-    """What the notebooks need, from pyproject.toml: the one place that names it."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+def requirements(*extras: str) -> list[str]:
+    """What the notebooks need, and some of them more (`extras`), from pyproject.toml: the one place that names it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
 
 
 def normal(name: str) -> str:
@@ -94,12 +95,13 @@ def imported() -> set[str]:
     return set(sys.modules)
 
 
-def install() -> None:
-    """On Colab or Kaggle, installs what the notebooks miss, within two minutes; elsewhere does nothing. Safe to run again."""
+def install(*extras: str) -> None:
+    """On Colab or Kaggle, installs what the notebooks miss (and what a notebook's `extras` name), within two minutes; elsewhere does nothing.
+    Safe to run again."""
     if not HOSTS & os.environ.keys():
         return
     before = installed()
-    todo = plan(requirements(), before)
+    todo = plan(requirements(*extras), before)
     if not todo.install and not todo.remove:
         return
     names = [re.split(r"[^\w-]", r)[0] for r in todo.install]

@@ -89,3 +89,30 @@ def model32():
     model = models.load_model(bits=16, dtype=torch.float32)
     assert model.config.num_hidden_layers == 30, "asked for in a file whose model is short"
     return model
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder such as `adapters.export_adapter` writes, with one small tensor."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder = tmp_path / "flights-sql"
+    folder.mkdir()
+    save_file({"base_model.model.x.lora_A.weight": np.ones((2, 3), np.float32)}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "peft_type": "LORA", "r": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def board():
+    """Rows of a scoreboard: a model's own, live and recorded, another seed's, and a baseline's."""
+    row = {"n": 40, "correct": 28, "accuracy": 0.7, "low": 0.6, "high": 0.8, "seconds": 9.0, "seed": 0}
+    return [
+        row | {"stage": "sft", "split": "test", "source": "recorded", "accuracy": 0.725},
+        row | {"stage": "sft", "split": "test", "source": "live"},
+        row | {"stage": "sft", "split": "test", "source": "recorded", "seed": 1, "accuracy": 0.5},
+        row | {"stage": "sft", "split": "freeform", "source": "recorded", "accuracy": 0.65},
+        row | {"stage": "retrieved-8-shot", "split": "test", "source": "recorded", "accuracy": 0.05, "low": 0.02, "high": 0.1, "correct": 2},
+    ]

@@ -110,6 +110,14 @@ def test_install_twice(host, capsys):
     assert len(host.calls) == 2 and capsys.readouterr().out == ""
 
 
+def test_a_notebooks_extras_are_installed_beside_what_is_there(host, capsys):
+    hosted.install()
+    hosted.install("ship")
+    asked = [a for a in host.calls[2] if a[0].isalpha()]
+    assert [a.split(">")[0] for a in asked[-4:]] == ["cryptography", "cyclonedx-python-lib[json-validation]", "model-signing", "pyOpenSSL"]
+    assert "installing cryptography, cyclonedx-python-lib, model-signing, pyOpenSSL" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("imported", "named"), [("pyarrow", "pyarrow"), ("torchao", "torchao"), ("transformers", "transformers")])
 def test_what_was_imported_before_needs_a_restart(host, monkeypatch, imported, named):
     monkeypatch.setattr(hosted, "imported", lambda: {imported, "numpy"})

@@ -68,8 +68,10 @@ def imported(package):
 def test_every_import_of_helpers_is_a_named_dependency():
     ours = {"helpers", "course", "google", "IPython"}  # google.colab is there on Colab or not at all, IPython wherever a notebook runs
     third = {m.lower() for package in ours for m in imported(package) if m not in sys.stdlib_module_names and m not in ours}
-    third = {{"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}.get(m, m) for m in third}
-    named = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["lab"])
+    other = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "model_signing": "model-signing"}
+    other |= dict.fromkeys(("cyclonedx", "packageurl"), "cyclonedx-python-lib")  # whose dependency the second is
+    third = {other.get(m, m) for m in third}
+    named = names(PROJECT["dependencies"]).union(*(names(PROJECT["optional-dependencies"][extra]) for extra in ("lab", "ship", "energy")))
     assert third <= named, third - named
     notebooks = {name.lower() for name in imported("helpers")} & names(PROJECT["optional-dependencies"]["lab"])
     assert not notebooks, "helpers must do without what only the runner needs"
