@@ -52,16 +52,12 @@ class Canned:
         self.worker.close()
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @contextlib.contextmanager
 def running(stage: str = "canned", pause: float = 0.0):
     """The app in a process of its own, with `Canned` or a real model: its process and address; ended at the end."""
-    port = free_port()
+    from helpers import web
+
+    port = web.free_port()
     command = [sys.executable, str(Path(__file__)), "serve", str(port), stage, str(pause)]
     process = subprocess.Popen(command, cwd=HERE, env=os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
     try:

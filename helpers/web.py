@@ -8,6 +8,7 @@ import html
 import io
 import math
 import re
+import socket
 import sys
 import threading
 import traceback
@@ -101,6 +102,13 @@ def _asker(stage: str):
     if why := missing(stage):
         raise CourseError(why)
     return ask.Asker(stage)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on now, for an app that needs no number of its own."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 # ---------------------------------------------------------------- what is said and shown

@@ -46,7 +46,7 @@ def started(gradio):
     def start(desk) -> str:
         page = app.build(desk)
         running.append((page, desk))
-        return app.serve(page, crowd.free_port(), background=True)
+        return app.serve(page, web.free_port(), background=True)
 
     yield start
     for page, desk in running:
@@ -122,7 +122,7 @@ def test_a_reader_without_eyes_or_mouse_finds_the_way(page):
     page.get_by_text("Note: asked of dpo.").wait_for()
     page.get_by_role("img", name="avg_dep_delay_min by airline. Bars").wait_for()
     assert findings(page) == []
-    assert page.get_by_role("status").evaluate("one => one.innerText").startswith("16 rows.")
+    assert page.get_by_role("status").first.evaluate("one => one.innerText").startswith("16 rows.")
 
 
 def test_the_look_for_findings_can_fail(page):
@@ -197,7 +197,7 @@ def test_the_base_model_answers_in_the_page(chromium, started):
     page.goto(started(web.Desk()))
     ask(page, "How many flights left JFK in July?")
     page.wait_for_function("document.querySelector('[role=status]')?.innerText.length > 5")
-    said = page.get_by_role("status").inner_text()
+    said = page.get_by_role("status").first.inner_text()
     assert said.split()[-1].endswith((".", ")")) and "Something broke" not in said
     page.close()
 
