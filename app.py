@@ -18,16 +18,31 @@ except ImportError:
 import helpers  # noqa: F401  # before torch
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: nothing of anybody is sent anywhere
+os.environ.setdefault("MPLBACKEND", "Agg")  # charts are drawn in threads, where a Mac has no windows
 PORT = 7860
 BLUE = {"button_primary_background_fill": "#1d4ed8", "button_primary_background_fill_hover": "#1e40af"}  # white on it is read easily, on Gradio's orange not
 SQL_INK = ".cm-line span { color: #1e40af !important } .dark .cm-line span { color: #93c5fd !important }"  # Gradio's colours for SQL are too light
 
 
-def build(desk):
-    """The page over a `web.Desk`, and its API: /ask takes a question and a stage, and gives the reply as JSON."""
-    import gradio as gr
+def gradio():
+    """Gradio, of the release that the app is written for; CourseError without."""
+    from helpers.files import CourseError
 
+    try:
+        import gradio
+    except ImportError:
+        gradio = None
+    if gradio is None or not gradio.__version__.startswith("6."):
+        there = f"Gradio {gradio.__version__} is installed" if gradio else "it isn't installed"
+        raise CourseError(f"The app needs Gradio 6, and {there}: pip install -c constraints.txt -e '.[app]', then start again.")
+    return gradio
+
+
+def build(desk):
+    """The page over a `web.Desk`, and its API: /ask takes a question and a stage, and gives the reply as JSON. CourseError without Gradio 6."""
     from helpers import web
+
+    gr = gradio()
 
     @on_gpu
     def ask(question: str, stage: str = "sft") -> dict:
@@ -62,8 +77,8 @@ def serve(app, port: int = PORT, background: bool = False) -> str:
 
     `background`: returns at once, for a notebook; `app.close()` ends it.
     """
-    import gradio as gr
-    from starlette.middleware import Middleware
+    gr = gradio()
+    from starlette.middleware import Middleware  # Gradio's own
 
     from helpers import web
     from helpers.files import CourseError
@@ -98,7 +113,7 @@ def run(port: int) -> None:
     try:
         serve(app, port)
     finally:
-        app.close()
+        app.close(verbose=False)
         desk.close()
 
 

@@ -91,7 +91,7 @@ def write(folder: Path, hardware: str = "cpu-basic") -> list[str]:
         if scratch is None:
             raise CourseError(f"{folder.name}/ was written by something else meanwhile: look at it, or name another folder.")
         copies = {ROOT / name: name for name in FILES} | {path: f"helpers/{path.name}" for path in sorted((ROOT / "helpers").glob("*.py"))}
-        for stage, place in there.items():
+        for place in there.values():
             vetting.check(place)  # nothing is handed on that the course itself wouldn't load
             copies |= {place / name: f"runs/{place.parent.name}/adapter/{name}" for name in (vetting.CONFIG, vetting.WEIGHTS)}
         for source, name in copies.items():

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+import app
 from benchmarks.crowd import Canned
 from helpers import adapters, ask, dpo, flights, space, vetting, web
 from helpers.files import CourseError
@@ -196,6 +198,13 @@ def test_one_question_is_answered_at_a_time():
     for thread in threads:
         thread.join()
     assert [one["error"] for one in found] == [None] * 8
+
+
+@pytest.mark.parametrize(("there", "says"), [(None, "it isn't installed"), (SimpleNamespace(__version__="5.50.0"), "Gradio 5.50.0 is installed")])
+def test_without_its_gradio_the_app_says_what_to_install(monkeypatch, capsys, there, says):
+    monkeypatch.setitem(sys.modules, "gradio", there)
+    assert app.main(["--port", "1"]) == 1
+    assert capsys.readouterr().err == f"\nThe app needs Gradio 6, and {says}: pip install -c constraints.txt -e '.[app]', then start again.\n"
 
 
 # ---------------------------------------------------------------- the fence
