@@ -67,7 +67,7 @@ def page(chromium, address):
     page.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or page.met.append(request.url))
     page.on("pageerror", lambda error: page.met.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (page.met.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     page.goto(address)
     page.get_by_label("Your question").wait_for()
     yield page
@@ -193,7 +193,7 @@ def test_ten_people_at_once_and_none_is_lost(gradio):
 def test_the_base_model_answers_in_the_page(chromium, started):
     """Whatever it writes (it was trained for nothing of this): SQL with rows, or a sentence that says why not."""
     page = chromium.new_page()
-    page.set_default_timeout(300_000)
+    page.set_default_timeout(600_000)
     page.goto(started(web.Desk()))
     ask(page, "How many flights left JFK in July?")
     page.wait_for_function("document.querySelector('[role=status]')?.innerText.length > 5")
