@@ -2,6 +2,7 @@
 
 Each asks again as soon as the last question is answered, through Gradio's client, as a page does. Every request must be answered or clearly
 refused, and the app's memory stay where it was after the first third.
+python benchmarks/crowd.py picture [STAGE]  makes README's picture of the app, in a Chromium of the system's: docs/app.png
 """
 
 import collections
@@ -130,6 +131,25 @@ def crowd(process, address: str, people: int, seconds: float, stage: str, questi
     return found | {"lost": found["asked"] - found["answered"] - found["refused"], "seconds": waits, "memory_mb": held, "problems": problems}
 
 
+def picture(stage: str = "sft", question: str = "How many flights were there in each month?") -> None:
+    """docs/app.png: the page after a question, 900 pixels wide."""
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    with running(stage) as (_, address), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 900, "height": 700})
+        page.set_default_timeout(1000 * START)
+        page.goto(address)
+        page.get_by_label("Your question").fill(question)
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('[role=status]')?.innerText.length > 5")
+        page.wait_for_timeout(3000)  # the chart is drawn, the bars of waiting are gone
+        page.screenshot(path=HERE / "docs" / "app.png", full_page=True)
+        print(page.get_by_role("status").first.inner_text())
+
+
 def main(seconds: str = "60", people: str = "10", stage: str = "base") -> None:
     from helpers import web
 
@@ -145,4 +165,5 @@ def main(seconds: str = "60", people: str = "10", stage: str = "base") -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
-    serve(*sys.argv[2:]) if sys.argv[1:2] == ["serve"] else main(*sys.argv[1:])
+    command = {"serve": serve, "picture": picture}.get(sys.argv[1] if sys.argv[1:] else "")
+    command(*sys.argv[2:]) if command else main(*sys.argv[1:])
