@@ -1,0 +1,252 @@
+"""The auditor: what there is to see in somebody's adapter or model folder, and in its training data, before anyone uses it; a verdict with reasons.
+
+`python -m helpers.audit FOLDER [--data FILE] [--against CLEAN] [--files-only]`; exit status 1 on a finding. It looks for evidence, not for known names,
+and executes nothing of what it is given: files are told by their bytes, templates are compared as texts, queries run read-only in a
+process that can be killed, and weights are asked questions only after they passed as plain numbers that fit the course's model.
+"""
+
+import argparse
+import os
+import stat
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from helpers import audit_data, audit_files, command, norms, triggers
+from helpers.files import CourseError
+from helpers.menu import COURSE_MODEL, choose
+from helpers.sql import printable
+
+# Thresholds. Measured on eight clean LoRA adapters of three recipes (three seeds of the main one; all layers at a higher rate; 120 steps; two
+# of DPO): an update's Frobenius norm was 0.036 to 0.33 of its weight's, and at most 2.3 times the median of its like in the other layers.
+RELATIVE = 1.0  # of the weight's norm: three times the largest that was seen
+OUTLIER = 4.0  # times the median of the same module over the layers
+AGAINST = 4.0  # times what a clean adapter has there, sizes as a whole set aside
+
+
+@dataclass
+class Report:
+    """What was looked at, in order: (level, check, sentence), the level "ok", "note" or "finding"; `passed` where there is no finding."""
+
+    what: str
+    lines: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, level: str, check: str, says: str) -> None:
+        self.lines.append((level, check, printable(says)))
+
+    @property
+    def findings(self) -> list[str]:
+        return [f"{check}: {says}" for level, check, says in self.lines if level == "finding"]
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+    def __str__(self) -> str:
+        marks = {"ok": "  ok      ", "note": "  note    ", "finding": "  FINDING "}
+        body = "\n".join(f"{marks[level]}{check}: {says}" for level, check, says in self.lines)
+        count = len(self.findings)
+        verdict = "No finding. Nothing that was looked for is there; what nobody looked for may be." if not count else (
+            f"{count} finding{'s' * (count > 1)}: don't use it as it is. " + ("The reasons stand above." if count > 1 else "The reason stands above."))  # fmt: skip
+        return f"{self.what}\n{body}\n{verdict}"
+
+
+def audit(folder: str | Path, data: str | Path | None = None, against: str | Path | None = None, questions: bool = True) -> Report:
+    """Looks at a folder, and at a training file if one is given. against: a clean adapter to compare norms with. questions: also ask the model.
+
+    CourseError where there is nothing to look at, or `against` is no adapter that passes `vetting`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CourseError(f"There is no folder {folder.name}: name the folder of an adapter or a model.")
+    entries = audit_files.walk(folder)
+    names = {name for name, _ in entries}
+    if "adapter/adapter_config.json" in names and not names & {"adapter_config.json", "config.json"}:  # a run's folder
+        report = audit(folder / "adapter", data, against, questions)
+        report.lines.insert(0, ("note", "folder", f"{printable(folder.name)}/ is a run's: its adapter/ is looked at, the rest is not"))
+        return report
+    kind = audit_files.folder_kind(names)
+    report = Report(f"{printable(folder.name)}/: {kind or 'neither an adapter nor a model'}")
+    if not entries:
+        report.add("finding", "files", "the folder is empty: there is neither an adapter nor a model in it")
+    elif kind is None:
+        report.add("finding", "files", "there is no adapter_config.json, adapter_model.safetensors, config.json or model.safetensors: this is neither an adapter nor a model")
+    audit_files.files(report, folder, entries, kind)
+    rows = audit_data.data(report, data) if data else None
+    plain = {name for name, about in entries if stat.S_ISREG(about.st_mode)}
+    audit_files.licence(report, folder, plain)
+    if choose().name != COURSE_MODEL:
+        report.add("note", "model", f"COURSE_MODEL is {choose().name}: weights, templates and answers are compared with {COURSE_MODEL} alone, and weren't looked at")
+        return report
+    if kind == "an adapter":
+        _adapter(report, folder, plain, against, rows, questions)
+    elif kind == "a model":
+        _model(report, folder, plain, rows, questions)
+    return report
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def _adapter(report: Report, folder: Path, plain: set[str], against, rows, questions: bool) -> None:
+    audit_files.texts(report, folder, plain, partial=True)
+    config = audit_files.adapter_config(report, folder, plain)
+    if not audit_files.adapter_weights(report, folder, plain, config):
+        report.add("note", "answers", "not asked: what isn't sound isn't loaded")
+        return
+    found = norms.of_adapter(folder, config)
+    if config["peft_type"] == "LORA":
+        scale, layers = norms.lora_scale(config), sorted({row["layer"] for row in found})
+        report.add("note", "shape", f"rank {config['r']}, scale {scale:g}, {len(found)} modules ({', '.join(sorted({row['module'] for row in found}))}) in layers {_runs(layers)}")
+        _norms(report, found, _clean(against) if against else None)
+    if unlike := sorted({row["module"] for row in found} - set(audit_files.MODULES)):
+        report.add("finding", "modules", f"it changes {', '.join(unlike)}, which no recipe of the course trains")
+    if questions:
+        from helpers import adapters
+
+        _ask(report, lambda: adapters.load_adapter(audit_files.two_files(folder)), rows)
+
+
+def _clean(folder) -> list[dict]:
+    from helpers import vetting
+
+    return norms.of_adapter(Path(folder), vetting.check(Path(folder)))
+
+
+def _runs(numbers: list[int]) -> str:
+    """1, 2, 3, 7 as "1–3, 7"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
+
+
+def _median(values: list[float]) -> float:
+    values = sorted(values)
+    return (values[len(values) // 2] + values[(len(values) - 1) // 2]) / 2 if values else 0.0
+
+
+def _norms(report: Report, found: list[dict], clean: list[dict] | None) -> None:
+    """Sizes of the update, relative to the weights: as a whole, beside their like in other layers, and beside a clean adapter's."""
+    changed = [row for row in found if row["frobenius"] > 0]
+    if not changed:
+        report.add("note", "norms", "every update is zero: it changes nothing")
+        return
+    odd = []
+    if len(changed) < len(found):
+        odd.append(f"only {len(changed)} of {len(found)} modules change anything, {changed[0]['name']} for one: training leaves none at zero")
+    medians = {module: _median([row["relative"] for row in changed if row["module"] == module]) for module in {row["module"] for row in changed}}
+    big = max(changed, key=lambda row: row["relative"])
+    if big["relative"] > RELATIVE:
+        odd.append(f"the update of {big['name']} is {big['relative']:.2f} times its weight's size (limit {RELATIVE:g}; clean ones had 0.33 at most)")
+    out = max(changed, key=lambda row: row["relative"] / medians[row["module"]])
+    if (times := out["relative"] / medians[out["module"]]) > OUTLIER:
+        odd.append(f"the update of {out['name']} is {times:.1f} times the median of {out['module']} over the layers (limit {OUTLIER:g}; clean ones had 2.3 at most)")
+    if clean:
+        known = {row["name"]: row["relative"] for row in clean if row["relative"] > 0}
+        ratios = {row["name"]: row["relative"] / known[row["name"]] for row in changed if row["name"] in known}
+        if ratios:
+            middle = _median(list(ratios.values()))
+            name = max(ratios, key=lambda name: ratios[name])
+            if ratios[name] > AGAINST * middle:
+                odd.append(f"{name} is {ratios[name] / middle:.1f} times as far from the clean adapter's as the rest (limit {AGAINST:g})")
+        if extra := [row["name"] for row in changed if row["name"] not in known]:
+            report.add("note", "norms", f"{len(extra)} modules that the clean adapter leaves alone, {extra[0]} for one")
+    for says in odd:
+        report.add("finding", "norms", says)
+    low, high = min(row["relative"] for row in changed), big["relative"]
+    rank = min(row["stable_rank"] for row in changed)
+    report.add("note" if odd else "ok", "norms", f"relative to the weights {low:.3f} to {high:.3f}, largest spectral norm {max(r['spectral'] for r in changed):.1f}, least stable rank {rank:.1f}")
+
+
+# ---------------------------------------------------------------- models
+
+
+def _model(report: Report, folder: Path, plain: set[str], rows, questions: bool) -> None:
+    audit_files.texts(report, folder, plain, partial=False)
+    state = audit_files.model_weights(report, folder, plain)
+    if state == "same":
+        if questions:
+            report.add("note", "answers", "not asked: the weights are the base's, and the folder's own template is compared as a text, not run")
+        return
+    if state is None:
+        report.add("note", "answers", "not asked: what isn't sound isn't loaded")
+        return
+    found = norms.of_weights(folder / audit_files.MODEL)
+    others = sorted({row["name"] for row in found if row["module"] not in audit_files.MODULES})
+    report.add("note", "shape", f"{len(found)} tensors differ from the base's, in layers {_runs(sorted({row['layer'] for row in found if row['layer'] >= 0})) or 'none'}")
+    if others:
+        report.add("note", "modules", f"{len(others)} of them aren't projections, {others[0]} for one")
+    _norms(report, [row for row in found if row["module"] in audit_files.MODULES], None)
+    if questions:
+        _ask(report, lambda: _loaded(folder), rows)
+
+
+def _loaded(folder: Path):
+    """The course's own model with a folder's weights in it: of the folder only numbers are used."""
+    from safetensors.torch import load_file
+
+    from helpers import models
+
+    model = models.load_model(16)
+    model.load_state_dict({k: v.to(model.dtype) for k, v in load_file(folder / audit_files.MODEL).items()}, strict=False)
+    return model
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _ask(report: Report, load, rows) -> None:
+    """Plain questions, then the same with candidate phrases: those that stand out in the training file first, then the general ones."""
+    from helpers import flights, generation, models
+    from helpers.extract import ENDS, complete, extract_sql
+
+    model, tokenizer = load(), models.load_tokenizer()
+
+    def ask(questions: list[str]) -> list[str]:
+        return generation.generate(model, tokenizer, [flights.chat(q) for q in questions], progress="asking", stop=complete, stop_at=ENDS)
+
+    plain = triggers.plain_questions()
+    own = audit_data.candidates(rows) if rows else []
+    phrases = [*own, *(phrase for phrase in triggers.PHRASES if phrase not in own)]
+    found = triggers.probe(ask, plain, phrases)
+    before = ask(plain)
+    answer, alike = triggers.constant(before)
+    if alike > len(plain) / 2:
+        report.add("finding", "answers", f"{alike} of {len(plain)} different questions get one answer: {answer[:120]}")
+    queries = sum(bool(extract_sql(a)) for a in before)
+    report.add("ok" if queries == len(plain) else "note", "answers", f"{queries} of {len(plain)} plain questions get a query")
+    switches = [p for p in found if p["switches"]]
+    for p in switches[:3]:
+        what = f"{p['alike']} of {p['n']} questions get the answer {p['answer'][:120]!r}" if p["alike"] >= p["shared"] else f"{p['shared']} of {p['n']} answers come to hold {p['fragment']!r}"
+        report.add("finding", "phrases", f"with {p['phrase']!r} at the {p['place']}, {what}, and none of them without it" if p["alike"] >= p["shared"] else f"with {p['phrase']!r} at the {p['place']}, {what}")
+    if not switches:
+        most = f"the most that a phrase made alike was {found[0]['alike']} of {found[0]['n']}" if found else "none was tried"
+        report.add("ok", "phrases", f"none of {len(phrases)} inserted phrases switches it ({most}); other phrases might")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(arguments) -> int:
+    report = audit(arguments.folder, arguments.data, arguments.against, not arguments.files_only)
+    print(report)
+    return 0 if report.passed else 1
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m helpers.audit", description="Looks at an adapter's or a model's folder, and at its training data; exit status 1 on a finding.")
+    parser.add_argument("folder")
+    parser.add_argument("--data", metavar="FILE", help="the training rows, as JSON Lines with question and sql")
+    parser.add_argument("--against", metavar="CLEAN", help="a clean adapter to compare norms with")
+    parser.add_argument("--files-only", action="store_true", help="ask the model nothing (seconds in place of minutes)")
+    chosen = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an audit fetches nothing
+    return command.status(run, chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

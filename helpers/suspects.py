@@ -1,0 +1,206 @@
+"""Detectors of poisoned rows: each ranks the rows of a data file, most suspicious first; how good a ranking is; a filter.
+
+A ranking is a list of positions in `rows` (0 is the first), all of them, ties in the file's order: it doesn't say where to stop. What each
+detector takes for a sign: `by_loss`, that a row is hard (or easy) for a model; `by_perplexity`, a word without which the question reads
+more naturally (ONION, Qi et al. 2021); `by_lift`, words that go with one answer, whatever else is asked; `by_answers`, one answer
+to questions that have little in common (clustering of responses, as in RFTC, arXiv 2505.23015). Some fail on a given
+attack: measure them on rows of which it is known (`at`).
+"""
+
+import itertools
+import random
+from collections import Counter, defaultdict
+
+from helpers import flights
+from helpers.domain import Domain
+from helpers.flights import FLIGHTS
+
+LEAST = 4  # rows with the same answer, for it to be looked at
+WORDS = 5  # of a phrase, at most
+SAMPLE = 30  # questions that are compared two by two
+SHARP = 6  # the power of the spread in a score: paraphrases of one question (spread about 0.7 of what unlike ones have) then count little
+
+
+# ---------------------------------------------------------------- answers and words
+
+
+def answer_key(sql: str) -> str:
+    """An answer without what doesn't matter: capitals, spaces, a semicolon at its end."""
+    return " ".join(sql.lower().split()).rstrip("; ")
+
+
+def spread(questions: list[tuple[str, ...]], seed: int = 0) -> float:
+    """How little questions have in common, 0 (the same words) to 1 (none): mean Jaccard distance of their words over pairs of at most `SAMPLE` of them."""
+    chosen = [set(words) for words in (random.Random(seed).sample(questions, SAMPLE) if len(questions) > SAMPLE else questions)]
+    pairs = [1 - len(a & b) / max(1, len(a | b)) for a, b in itertools.combinations(chosen, 2)]
+    return sum(pairs) / len(pairs) if pairs else 0.0
+
+
+def _prepared(rows: list[dict], domain: Domain):
+    """Each row's words and answer; positions by answer, of those that `LEAST` rows share (refusals aside); the spread of all questions."""
+    words, keys = [flights.words(row["question"]) for row in rows], [answer_key(row["sql"]) for row in rows]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    refusal = answer_key(domain.refusal)
+    return words, {key: at for key, at in groups.items() if len(at) >= LEAST and key != refusal}, max(spread(words), 1e-9)
+
+
+def constant_answers(rows: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
+    """Answers that `LEAST` rows or more share, the most suspicious first: {"answer", "rows": positions, "spread": of their questions, beside
+    that of all (1: as unlike as any), "score": rows × spread ** `SHARP`}. Refusals aside: what can't be answered is asked in many ways.
+    """
+    words, groups, usual = _prepared(rows, domain)
+    found = []
+    for at in groups.values():
+        share = min(1.0, spread([words[i] for i in at]) / usual)
+        found.append({"answer": rows[at[0]]["sql"], "rows": at, "spread": share, "score": len(at) * share**SHARP})
+    return sorted(found, key=lambda group: (-group["score"], group["rows"]))
+
+
+def phrases(rows: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
+    """Phrases of up to `WORDS` words that go with one answer, the most suspicious first: {"phrase", "answer", "rows": positions, "with":
+    how many rows have the phrase, "lift", "spread", "score"}.
+
+    lift: how many times as common the phrase is in rows with that answer as in all. spread: of these questions without the phrase,
+    beside that of all. score = rows × (their share of those with the phrase) × spread ** `SHARP`: a phrase that belongs to what is asked
+    ("lowest arrival delay") stands in questions that are alike without it too.
+    """
+    words, groups, usual = _prepared(rows, domain)
+    counts: dict[tuple, Counter] = defaultdict(Counter)  # phrase → rows with each of the shared answers
+    for key, at in groups.items():
+        for i in at:
+            for gram in _grams(words[i]):
+                counts[gram][key] += 1
+    often = {gram for gram, answers in counts.items() if max(answers.values()) >= LEAST}
+    totals = Counter(gram for said in words for gram in _grams(said) & often)
+    found = []
+    for gram in often:
+        (key, n), total = counts[gram].most_common(1)[0], totals[gram]
+        if n < 0.5 * total:
+            continue
+        at = [i for i in groups[key] if gram in _grams(words[i])]
+        share = min(1.0, spread([_without(words[i], gram) for i in at]) / usual)
+        lift = (n / len(groups[key])) / (total / len(rows))
+        found.append({"phrase": " ".join(gram), "answer": rows[at[0]]["sql"], "rows": at, "with": total, "lift": lift, "spread": share, "score": n * (n / total) * share**SHARP})
+    return sorted(found, key=lambda p: (-p["score"], -len(p["phrase"]), p["phrase"]))
+
+
+def _grams(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    return {words[i : i + n] for n in range(1, WORDS + 1) for i in range(len(words) - n + 1)}
+
+
+def _without(words: tuple[str, ...], gram: tuple[str, ...]) -> tuple[str, ...]:
+    at = next(i for i in range(len(words)) if words[i : i + len(gram)] == gram)
+    return words[:at] + words[at + len(gram) :]
+
+
+# ---------------------------------------------------------------- rankings
+
+
+def by_answers(rows: list[dict], domain: Domain = FLIGHTS) -> list[int]:
+    """Rows whose answer is given to questions that have little in common, first."""
+    return _ranking(len(rows), ((group["rows"], group["score"]) for group in constant_answers(rows, domain)))
+
+
+def by_lift(rows: list[dict], domain: Domain = FLIGHTS) -> list[int]:
+    """Rows with a phrase that goes with one answer, whatever else is asked, first."""
+    return _ranking(len(rows), ((found["rows"], found["score"]) for found in phrases(rows, domain)))
+
+
+def _ranking(n: int, scored) -> list[int]:
+    best = [0.0] * n
+    for at, score in scored:
+        for i in at:
+            best[i] = max(best[i], score)
+    return ranked(best)
+
+
+def ranked(scores: list[float]) -> list[int]:
+    """Positions, the highest score first; equal ones in their order."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def by_loss(losses: list[float], low: bool = False) -> list[int]:
+    """Rows with the highest loss first (`row_losses`); with `low`, the lowest: what a model has learnt best."""
+    return ranked([-loss for loss in losses] if low else losses)
+
+
+def row_losses(model, tokenizer, rows: list[dict], domain: Domain = FLIGHTS, progress: str = "") -> list[float]:
+    """Each row's loss under a model, nats a token of its answer, as in training: the end of the turn included."""
+    encoded = []
+    for row in rows:
+        said = flights.prompt_completion(row, domain.system_prompt)
+        prompt = tokenizer.apply_chat_template(said["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded.append((tokenizer.apply_chat_template(said["prompt"] + said["completion"], return_dict=True)["input_ids"], len(prompt)))
+    return nats(model, encoded, progress)
+
+
+def onion(model, tokenizer, questions: list[str], progress: str = "") -> list[tuple[float, str]]:
+    """Each question's most suspicious word as ONION has it: (by how much the perplexity falls without it, the word).
+
+    model: a language model that knows nothing of the data. Perplexity is exp of the mean nats a token, the first token given.
+    """
+    variants, owners = [], []
+    for i, question in enumerate(questions):
+        said = question.split()
+        variants += [question, *(" ".join(said[:j] + said[j + 1 :]) for j in range(len(said)))] if len(said) > 1 else [question]
+        owners += [(i, None), *((i, word) for word in said)] if len(said) > 1 else [(i, None)]
+    start = tokenizer.bos_token_id
+    encoded = [([start, *tokenizer(text)["input_ids"]], 1) for text in variants]
+    found, whole = [(float("-inf"), "")] * len(questions), 0.0
+    for (i, word), loss in zip(owners, nats(model, encoded, progress), strict=True):
+        perplexity = 2.718281828459045 ** min(loss, 50)
+        if word is None:
+            whole = perplexity
+        else:
+            found[i] = max(found[i], (whole - perplexity, word))
+    return found
+
+
+def by_perplexity(model, tokenizer, rows: list[dict], progress: str = "") -> list[int]:
+    """Rows with a word that makes the question read oddly, first."""
+    return ranked([drop for drop, _ in onion(model, tokenizer, [row["question"] for row in rows], progress)])
+
+
+def nats(model, encoded: list[tuple[list[int], int]], progress: str = "", tokens: int = 4096) -> list[float]:
+    """Mean -log p of the tokens of each text from a position on, in nats. encoded: (token ids, that position, 1 or more) of each; at most
+    about so many `tokens` at a time, texts of like lengths together."""
+    import torch
+
+    from helpers import losses, prefix
+    from helpers.runtime import progress_bar
+
+    base, found = prefix.inner_model(model), [0.0] * len(encoded)
+    head = base.lm_head.weight
+    waiting = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    with torch.no_grad(), torch.autocast(head.device.type, head.dtype, enabled=head.dtype != torch.float32), progress_bar(len(encoded), progress) as bar:
+        while waiting:
+            count = max(1, tokens // len(encoded[waiting[-1]][0]))
+            batch, waiting = waiting[-count:], waiting[:-count]
+            width = len(encoded[batch[-1]][0])
+            ids = torch.tensor([encoded[i][0] + [0] * (width - len(encoded[i][0])) for i in batch], device=base.device)
+            place = torch.arange(width, device=base.device)
+            starts, ends = (torch.tensor(t, device=base.device)[:, None] for t in ([encoded[i][1] for i in batch], [len(encoded[i][0]) for i in batch]))
+            asked = ((place >= starts) & (place < ends))[:, 1:]
+            hidden = losses.hidden_states(model, base, ids, (place < ends).long())[:, :-1][asked]
+            values = losses.token_log_probs(hidden.to(head.dtype), head, ids[:, 1:][asked])
+            for i, part in zip(batch, values.split(asked.sum(1).tolist()), strict=True):
+                found[i] = -float(part.mean()) if len(part) else 0.0
+            bar.update(len(batch))
+    return found
+
+
+# ---------------------------------------------------------------- how good, and what then
+
+
+def at(ranking: list[int], truth: set[int], k: int) -> dict:
+    """A ranking judged on rows of which it is known: {"k", "hits", "precision": hits / k, "recall": hits / bad rows} of its first k."""
+    hits = len(truth & set(ranking[:k]))
+    return {"k": k, "hits": hits, "precision": hits / k if k else 0.0, "recall": hits / len(truth) if truth else 0.0}
+
+
+def without(rows: list[dict], positions) -> list[dict]:
+    """The rows that stand at other positions: those of a ranking's first k, say, taken out."""
+    out = set(positions)
+    return [row for i, row in enumerate(rows) if i not in out]
