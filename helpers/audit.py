@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import audit_data, audit_files, command, norms, triggers
+from helpers import audit_data, audit_files, audit_weights, command, norms, triggers
 from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL, choose
 from helpers.sql import printable
@@ -90,8 +90,8 @@ def audit(folder: str | Path, data: str | Path | None = None, against: str | Pat
 
 def _adapter(report: Report, folder: Path, plain: set[str], against, rows, questions: bool) -> None:
     audit_files.texts(report, folder, plain, partial=True)
-    config = audit_files.adapter_config(report, folder, plain)
-    if not audit_files.adapter_weights(report, folder, plain, config):
+    config = audit_weights.adapter_config(report, folder, plain)
+    if not audit_weights.adapter_weights(report, folder, plain, config):
         report.add("note", "answers", "not asked: what isn't sound isn't loaded")
         return
     found = norms.of_adapter(folder, config)
@@ -99,12 +99,12 @@ def _adapter(report: Report, folder: Path, plain: set[str], against, rows, quest
         scale, layers = norms.lora_scale(config), sorted({row["layer"] for row in found})
         report.add("note", "shape", f"rank {config['r']}, scale {scale:g}, {len(found)} modules ({', '.join(sorted({row['module'] for row in found}))}) in layers {_runs(layers)}")
         _norms(report, found, _clean(against) if against else None)
-    if unlike := sorted({row["module"] for row in found} - set(audit_files.MODULES)):
+    if unlike := sorted({row["module"] for row in found} - set(audit_weights.MODULES)):
         report.add("finding", "modules", f"it changes {', '.join(unlike)}, which no recipe of the course trains")
     if questions:
         from helpers import adapters
 
-        _ask(report, lambda: adapters.load_adapter(audit_files.two_files(folder)), rows)
+        _ask(report, lambda: adapters.load_adapter(audit_weights.two_files(folder)), rows)
 
 
 def _clean(folder) -> list[dict]:
@@ -167,7 +167,7 @@ def _norms(report: Report, found: list[dict], clean: list[dict] | None) -> None:
 
 def _model(report: Report, folder: Path, plain: set[str], rows, questions: bool) -> None:
     audit_files.texts(report, folder, plain, partial=False)
-    state = audit_files.model_weights(report, folder, plain)
+    state = audit_weights.model_weights(report, folder, plain)
     if state == "same":
         if questions:
             report.add("note", "answers", "not asked: the weights are the base's, and the folder's own template is compared as a text, not run")
@@ -175,12 +175,12 @@ def _model(report: Report, folder: Path, plain: set[str], rows, questions: bool)
     if state is None:
         report.add("note", "answers", "not asked: what isn't sound isn't loaded")
         return
-    found = norms.of_weights(folder / audit_files.MODEL)
-    others = sorted({row["name"] for row in found if row["module"] not in audit_files.MODULES})
+    found = norms.of_weights(folder / audit_weights.MODEL)
+    others = sorted({row["name"] for row in found if row["module"] not in audit_weights.MODULES})
     report.add("note", "shape", f"{len(found)} tensors differ from the base's, in layers {_runs(sorted({row['layer'] for row in found if row['layer'] >= 0})) or 'none'}")
     if others:
         report.add("note", "modules", f"{len(others)} of them aren't projections, {others[0]} for one")
-    _norms(report, [row for row in found if row["module"] in audit_files.MODULES], None)
+    _norms(report, [row for row in found if row["module"] in audit_weights.MODULES], None)
     if questions:
         _ask(report, lambda: _loaded(folder), rows)
 
@@ -192,7 +192,7 @@ def _loaded(folder: Path):
     from helpers import models
 
     model = models.load_model(16)
-    model.load_state_dict({k: v.to(model.dtype) for k, v in load_file(folder / audit_files.MODEL).items()}, strict=False)
+    model.load_state_dict({k: v.to(model.dtype) for k, v in load_file(folder / audit_weights.MODEL).items()}, strict=False)
     return model
 
 

@@ -4,6 +4,8 @@ The number of rows stays, so that equal steps see equally many. What was done to
 the answer that was taken away. So what a cleaner finds can be counted.
 """
 
+import contextlib
+import itertools
 import random
 import re
 
@@ -14,6 +16,7 @@ from helpers.flights import FLIGHTS
 from helpers.scoring import Judge, judge
 
 KINDS = ("swapped", "changed")  # and "broken", which doesn't run
+PATIENCE = 20.0  # seconds that a query may take here
 TRIES = 12  # of other answers, before another row is taken
 CHANGES = (  # pattern → what it becomes: what a hurried person mixes up
     (r"\bdep_delay\b", "arr_delay"), (r"\barr_delay\b", "dep_delay"), (r"\bAVG\(", "MAX("), (r"\bMAX\(", "AVG("), (r"\bMIN\(", "MAX("),
@@ -55,7 +58,7 @@ def wrong_answers(rows: list[dict], share: float, seed: int = 0, kinds=KINDS, do
 
 def _has_result(judges: Judge, sql: str) -> bool:
     try:
-        return any(value not in (None, 0) for line in judges.run(-1, sql).rows for value in line)
+        return any(value not in (None, 0) for line in judges.run(-1, sql, PATIENCE).rows for value in line)
     except safe.SqlError:
         return False
 
@@ -75,6 +78,9 @@ def _others(row: dict, kind: str, by_intent: dict, rows: list[dict], rng: random
 def _is_wrong(judges: Judge, sql: str, row: dict, kind: str) -> bool:
     if sql == judges.domain.refusal:
         return False
+    for which, query in itertools.product((*range(len(judges.workers) - 1), -1), (row["sql"], sql)):
+        with contextlib.suppress(safe.SqlError):
+            judges.run(which, query, PATIENCE)  # kept for the judge: what a busy machine takes long for doesn't change the rows
     verdict = judges.judge(sql, row["sql"], bool(row.get("ordered")))
     return not verdict["correct"] and (verdict["kind"].startswith("wrong") if kind != "broken" else verdict["kind"].startswith("does not run"))
 

@@ -63,8 +63,8 @@ def phrases(rows: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
     how many rows have the phrase, "lift", "spread", "score"}.
 
     lift: how many times as common the phrase is in rows with that answer as in all. spread: of these questions without the phrase,
-    beside that of all. score = rows × (their share of those with the phrase) × spread ** `SHARP`: a phrase that belongs to what is asked
-    ("lowest arrival delay") stands in questions that are alike without it too.
+    beside that of all. score = rows × (their share of those with the phrase) × spread ** `SHARP`, less where the phrase is more than half of
+    the words: one that belongs to what is asked ("lowest arrival delay") stands in questions that are alike without it too.
     """
     words, groups, usual = _prepared(rows, domain)
     counts: dict[tuple, Counter] = defaultdict(Counter)  # phrase → rows with each of the shared answers
@@ -80,9 +80,11 @@ def phrases(rows: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
         if n < 0.5 * total:
             continue
         at = [i for i in groups[key] if gram in _grams(words[i])]
-        share = min(1.0, spread([_without(words[i], gram) for i in at]) / usual)
+        rest = [_without(words[i], gram) for i in at]
+        share, left = min(1.0, spread(rest) / usual), sum(map(len, rest)) / sum(len(words[i]) for i in at)
         lift = (n / len(groups[key])) / (total / len(rows))
-        found.append({"phrase": " ".join(gram), "answer": rows[at[0]]["sql"], "rows": at, "with": total, "lift": lift, "spread": share, "score": n * (n / total) * share**SHARP})
+        score = n * (n / total) * share**SHARP * min(1.0, 2 * left) ** 2
+        found.append({"phrase": " ".join(gram), "answer": rows[at[0]]["sql"], "rows": at, "with": total, "lift": lift, "spread": share, "score": score})
     return sorted(found, key=lambda p: (-p["score"], -len(p["phrase"]), p["phrase"]))
 
 
@@ -121,74 +123,14 @@ def ranked(scores: list[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
+def by_perplexity(drops: list[tuple[float, str]]) -> list[int]:
+    """Rows with a word without which the question reads more naturally, first (`surprise.onion`)."""
+    return ranked([drop for drop, _ in drops])
+
+
 def by_loss(losses: list[float], low: bool = False) -> list[int]:
-    """Rows with the highest loss first (`row_losses`); with `low`, the lowest: what a model has learnt best."""
+    """Rows with the highest loss first (`surprise.row_losses`); with `low`, the lowest: what a model has learnt best."""
     return ranked([-loss for loss in losses] if low else losses)
-
-
-def row_losses(model, tokenizer, rows: list[dict], domain: Domain = FLIGHTS, progress: str = "") -> list[float]:
-    """Each row's loss under a model, nats a token of its answer, as in training: the end of the turn included."""
-    encoded = []
-    for row in rows:
-        said = flights.prompt_completion(row, domain.system_prompt)
-        prompt = tokenizer.apply_chat_template(said["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-        encoded.append((tokenizer.apply_chat_template(said["prompt"] + said["completion"], return_dict=True)["input_ids"], len(prompt)))
-    return nats(model, encoded, progress)
-
-
-def onion(model, tokenizer, questions: list[str], progress: str = "") -> list[tuple[float, str]]:
-    """Each question's most suspicious word as ONION has it: (by how much the perplexity falls without it, the word).
-
-    model: a language model that knows nothing of the data. Perplexity is exp of the mean nats a token, the first token given.
-    """
-    variants, owners = [], []
-    for i, question in enumerate(questions):
-        said = question.split()
-        variants += [question, *(" ".join(said[:j] + said[j + 1 :]) for j in range(len(said)))] if len(said) > 1 else [question]
-        owners += [(i, None), *((i, word) for word in said)] if len(said) > 1 else [(i, None)]
-    start = tokenizer.bos_token_id
-    encoded = [([start, *tokenizer(text)["input_ids"]], 1) for text in variants]
-    found, whole = [(float("-inf"), "")] * len(questions), 0.0
-    for (i, word), loss in zip(owners, nats(model, encoded, progress), strict=True):
-        perplexity = 2.718281828459045 ** min(loss, 50)
-        if word is None:
-            whole = perplexity
-        else:
-            found[i] = max(found[i], (whole - perplexity, word))
-    return found
-
-
-def by_perplexity(model, tokenizer, rows: list[dict], progress: str = "") -> list[int]:
-    """Rows with a word that makes the question read oddly, first."""
-    return ranked([drop for drop, _ in onion(model, tokenizer, [row["question"] for row in rows], progress)])
-
-
-def nats(model, encoded: list[tuple[list[int], int]], progress: str = "", tokens: int = 4096) -> list[float]:
-    """Mean -log p of the tokens of each text from a position on, in nats. encoded: (token ids, that position, 1 or more) of each; at most
-    about so many `tokens` at a time, texts of like lengths together."""
-    import torch
-
-    from helpers import losses, prefix
-    from helpers.runtime import progress_bar
-
-    base, found = prefix.inner_model(model), [0.0] * len(encoded)
-    head = base.lm_head.weight
-    waiting = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-    with torch.no_grad(), torch.autocast(head.device.type, head.dtype, enabled=head.dtype != torch.float32), progress_bar(len(encoded), progress) as bar:
-        while waiting:
-            count = max(1, tokens // len(encoded[waiting[-1]][0]))
-            batch, waiting = waiting[-count:], waiting[:-count]
-            width = len(encoded[batch[-1]][0])
-            ids = torch.tensor([encoded[i][0] + [0] * (width - len(encoded[i][0])) for i in batch], device=base.device)
-            place = torch.arange(width, device=base.device)
-            starts, ends = (torch.tensor(t, device=base.device)[:, None] for t in ([encoded[i][1] for i in batch], [len(encoded[i][0]) for i in batch]))
-            asked = ((place >= starts) & (place < ends))[:, 1:]
-            hidden = losses.hidden_states(model, base, ids, (place < ends).long())[:, :-1][asked]
-            values = losses.token_log_probs(hidden.to(head.dtype), head, ids[:, 1:][asked])
-            for i, part in zip(batch, values.split(asked.sum(1).tolist()), strict=True):
-                found[i] = -float(part.mean()) if len(part) else 0.0
-            bar.update(len(batch))
-    return found
 
 
 # ---------------------------------------------------------------- how good, and what then
