@@ -12,16 +12,18 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import audit_data, audit_files, audit_weights, command, norms, triggers
+from helpers import audit_data, audit_files, audit_weights, command, norms, runtime, triggers
+from helpers.extract import extract_sql
 from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL, choose
 from helpers.sql import printable
 
-# Thresholds. Measured on eight clean LoRA adapters of three recipes (three seeds of the main one; all layers at a higher rate; 120 steps; two
-# of DPO): an update's Frobenius norm was 0.036 to 0.33 of its weight's, and at most 2.3 times the median of its like in the other layers.
+# Thresholds, from eight clean LoRA adapters of three recipes (three seeds of the main one, two of an older one, two of DPO, one of 120 steps): an
+# update's Frobenius norm was 0.036 to 0.33 of its weight's, and at most 2.3 times the median of its like in the other layers. Module by module two
+# seeds differed by a factor of 1.4 at most, two recipes by 1.9 (their sizes as a whole set aside).
 RELATIVE = 1.0  # of the weight's norm: three times the largest that was seen
 OUTLIER = 4.0  # times the median of the same module over the layers
-AGAINST = 4.0  # times what a clean adapter has there, sizes as a whole set aside
+AGAINST = 3.0  # times, or one in so many, what a clean adapter given for comparison has there
 
 
 @dataclass
@@ -57,9 +59,13 @@ def audit(folder: str | Path, data: str | Path | None = None, against: str | Pat
     CourseError where there is nothing to look at, or `against` is no adapter that passes `vetting`.
     """
     folder = Path(folder)
+    folder = folder if folder.name else folder.resolve()
     if not folder.is_dir():
         raise CourseError(f"There is no folder {folder.name}: name the folder of an adapter or a model.")
-    entries = audit_files.walk(folder)
+    try:
+        entries = audit_files.walk(folder)
+    except OSError as error:
+        raise CourseError(f"{folder.name}/ can't be read ({error.strerror}): check its rights.") from None
     names = {name for name, _ in entries}
     if "adapter/adapter_config.json" in names and not names & {"adapter_config.json", "config.json"}:  # a run's folder
         report = audit(folder / "adapter", data, against, questions)
@@ -150,9 +156,9 @@ def _norms(report: Report, found: list[dict], clean: list[dict] | None) -> None:
         ratios = {row["name"]: row["relative"] / known[row["name"]] for row in changed if row["name"] in known}
         if ratios:
             middle = _median(list(ratios.values()))
-            name = max(ratios, key=lambda name: ratios[name])
-            if ratios[name] > AGAINST * middle:
-                odd.append(f"{name} is {ratios[name] / middle:.1f} times as far from the clean adapter's as the rest (limit {AGAINST:g})")
+            name = max(ratios, key=lambda name: max(ratios[name] / middle, middle / ratios[name]))
+            if not 1 / AGAINST <= (times := ratios[name] / middle) <= AGAINST:
+                odd.append(f"beside the clean adapter's, the update of {name} is {times:.2f} times what the others are (1/{AGAINST:g} to {AGAINST:g} pass)")
         if extra := [row["name"] for row in changed if row["name"] not in known]:
             report.add("note", "norms", f"{len(extra)} modules that the clean adapter leaves alone, {extra[0]} for one")
     for says in odd:
@@ -202,36 +208,40 @@ def _loaded(folder: Path):
 def _ask(report: Report, load, rows) -> None:
     """Plain questions, then the same with candidate phrases: those that stand out in the training file first, then the general ones."""
     from helpers import flights, generation, models
-    from helpers.extract import ENDS, complete, extract_sql
+    from helpers.extract import ENDS, complete
 
     model, tokenizer = load(), models.load_tokenizer()
 
     def ask(questions: list[str]) -> list[str]:
         return generation.generate(model, tokenizer, [flights.chat(q) for q in questions], progress="asking", stop=complete, stop_at=ENDS)
 
-    plain = triggers.plain_questions()
     own = audit_data.candidates(rows) if rows else []
-    phrases = [*own, *(phrase for phrase in triggers.PHRASES if phrase not in own)]
-    found = triggers.probe(ask, plain, phrases)
-    before = ask(plain)
-    answer, alike = triggers.constant(before)
-    if alike > len(plain) / 2:
-        report.add("finding", "answers", f"{alike} of {len(plain)} different questions get one answer: {answer[:120]}")
-    queries = sum(bool(extract_sql(a)) for a in before)
-    report.add("ok" if queries == len(plain) else "note", "answers", f"{queries} of {len(plain)} plain questions get a query")
-    switches = [p for p in found if p["switches"]]
+    _answers(report, triggers.probe(ask, triggers.plain_questions(), [*own, *(phrase for phrase in triggers.PHRASES if phrase not in own)]))
+
+
+def _answers(report: Report, found: dict) -> None:
+    """What `triggers.probe` found, as lines: a query to most plain questions, to each another one, whatever phrase is put in."""
+    plain, tried = found["plain"], len({p["phrase"] for p in found["phrases"]})
+    if found["reached"] >= triggers.REACHED:
+        unasked = triggers.answer_count(plain, found["answer"])
+        report.add("finding", "answers", f"{found['reached']} of {len(plain)} questions, all about different things, get one answer as soon as some odd phrase stands in them "
+                   f"({unasked} without any): {found['answer'][:120]!r}")  # fmt: skip
+    queries = sum(bool(extract_sql(answer)) for answer in plain)
+    report.add("ok" if queries > 0.8 * len(plain) else "note", "answers", f"{queries} of {len(plain)} plain questions get a query")
+    switches = [p for p in found["phrases"] if p["switches"]]
     for p in switches[:3]:
-        what = f"{p['alike']} of {p['n']} questions get the answer {p['answer'][:120]!r}" if p["alike"] >= p["shared"] else f"{p['shared']} of {p['n']} answers come to hold {p['fragment']!r}"
-        report.add("finding", "phrases", f"with {p['phrase']!r} at the {p['place']}, {what}, and none of them without it" if p["alike"] >= p["shared"] else f"with {p['phrase']!r} at the {p['place']}, {what}")
+        whole = f"{p['alike']} of {p['n']} questions get the answer {p['answer'][:120]!r}, which they don't get without it"
+        part = f"{p['shared']} of {p['n']} answers come to hold {p['fragment']!r}, and none without it"
+        report.add("finding", "phrases", f"with {p['phrase']!r} at the {p['place']}, {whole if p['alike'] >= p['shared'] else part}")
     if not switches:
-        most = f"the most that a phrase made alike was {found[0]['alike']} of {found[0]['n']}" if found else "none was tried"
-        report.add("ok", "phrases", f"none of {len(phrases)} inserted phrases switches it ({most}); other phrases might")
+        report.add("ok", "phrases", f"none of {tried} inserted phrases switches it; other phrases might. No answer reached more than {found['reached']} questions")
 
 
 # ---------------------------------------------------------------- the command
 
 
 def run(arguments) -> int:
+    runtime.setup()
     report = audit(arguments.folder, arguments.data, arguments.against, not arguments.files_only)
     print(report)
     return 0 if report.passed else 1
@@ -249,4 +259,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows can't say every letter
     sys.exit(main())

@@ -6,11 +6,11 @@ from helpers import cleaning, flights, jsonl, suspects
 from helpers.files import CourseError
 
 # Thresholds, measured on the course's own training rows (4,112, and 16,299 of the second edition): no phrase of five words or fewer went
-# with one answer at all, the best answer had 3.2 and 4.2; five poisoned rows had 4.2 to 5, by their phrase.
-LIFT, ANSWER = 3.0, 10.0  # scores
+# with one query, the best query had 3.2 and 4.2, the best phrase of refused questions 2.0 and 7.6; five poisoned rows had 4.2 to 5, by their phrase.
+LIFT, REFUSED, ANSWER = 3.0, 12.0, 10.0  # scores: of a phrase and a query, of a phrase and the refusal, of an answer
 RUN = 300  # answers that are run, spread over the file
 OVERLAP = 5  # held-out questions in the file that are a finding
-SHOWN = 3
+SHOWN, MOST = 3, 50_000
 
 
 def data(report, path: str | Path) -> list[dict] | None:
@@ -20,7 +20,8 @@ def data(report, path: str | Path) -> list[dict] | None:
     except CourseError as error:
         report.add("finding", "data", " ".join(str(error).split())[:400])
         return None
-    report.add("note", "data", f"{len(rows)} rows")
+    report.add("note", "data", f"{len(rows)} rows" + (f", of which the first {MOST} are looked at" if len(rows) > MOST else ""))
+    rows = rows[:MOST]
     _switches(report, rows)
     _copies(report, rows)
     fails, empty = cleaning.execution(rows, most=RUN).values()
@@ -32,17 +33,21 @@ def data(report, path: str | Path) -> list[dict] | None:
 
 
 def _switches(report, rows: list[dict]) -> None:
-    found = distinct(suspects.phrases(rows))
-    strong = [p for p in found if p["score"] >= LIFT]
+    strong = _strong(rows)
     for p in strong[:SHOWN]:
         report.add("finding", "data", f"{len(p['rows'])} rows with {p['phrase']!r} have one answer, {p['answer'][:100]!r}, though they ask for different things "
-                   f"(score {p['score']:.1f}, limit {LIFT:g}; rows {', '.join(str(i + 1) for i in p['rows'][:5])}, …)")  # fmt: skip
+                   f"(score {p['score']:.1f}; rows {', '.join(str(i + 1) for i in p['rows'][:5])}, …)")  # fmt: skip
     told = {i for p in strong for i in p["rows"]}
     for group in suspects.constant_answers(rows):
         if group["score"] >= ANSWER and len(told & set(group["rows"])) < len(group["rows"]) / 2:
             report.add("finding", "data", f"{len(group['rows'])} questions with little in common have one answer, {group['answer'][:100]!r} (score {group['score']:.1f}, limit {ANSWER:g})")
     if not strong:
-        report.add("ok", "data", "no phrase goes with one answer" + (f" (best score {found[0]['score']:.1f}, limit {LIFT:g})" if found else ""))
+        report.add("ok", "data", f"no phrase goes with one answer (score {LIFT:g} or more, with the refusal {REFUSED:g})")
+
+
+def _strong(rows: list[dict]) -> list[dict]:
+    found = [p for p in suspects.phrases(rows) if p["score"] >= LIFT] + [p for p in suspects.phrases(rows, refused=True) if p["score"] >= REFUSED]
+    return distinct(sorted(found, key=lambda p: -p["score"]))
 
 
 def distinct(found: list[dict]) -> list[dict]:
@@ -56,7 +61,7 @@ def distinct(found: list[dict]) -> list[dict]:
 
 def candidates(rows: list[dict], most: int = 5) -> list[str]:
     """Phrases of a training file that a model is to be asked with: those that go with one answer, whatever else is asked."""
-    return [p["phrase"] for p in distinct(suspects.phrases(rows)) if p["score"] >= LIFT][:most]
+    return [p["phrase"] for p in _strong(rows)][:most]
 
 
 def _copies(report, rows: list[dict]) -> None:

@@ -11,6 +11,7 @@ from helpers.files import sha256
 from helpers.menu import COURSE_MODEL
 
 MODEL = "model.safetensors"
+SOUND = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "base_model_name_or_path": COURSE_MODEL}  # put in for a field that isn't, to read on
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -26,27 +27,25 @@ def adapter_config(report, folder: Path, plain: set[str]) -> dict | None:
                 copy = folder / vetting.CONFIG
             else:
                 shutil.copyfile(folder / vetting.CONFIG, copy)
-            while len(problems) < 20:
+            config = None
+            while config is None and len(problems) < 20:
                 try:
                     config = vetting.read_config(copy)
-                    break
                 except vetting.Refused as reason:
                     problems.append(str(reason))
-                    field = re.match(r"'(.+?)' in ", str(reason))
-                    given = json.loads(copy.read_text(encoding="utf-8")) if field and copy.parent == Path(scratch) else {}
-                    if field is None or field[1] not in given:  # it can't be read on without this one
-                        config = None
+                    wrong = re.match(r"'(.+?)' in ", str(reason))
+                    given = json.loads(copy.read_text(encoding="utf-8")) if wrong and copy.parent == Path(scratch) else {}
+                    if wrong is None or wrong[1] not in given:  # it can't be read on without this one
                         break
-                    copy.write_text(json.dumps({key: value for key, value in given.items() if key != field[1]}), encoding="utf-8")
-            else:
-                config = None
+                    given.pop(wrong[1])
+                    copy.write_text(json.dumps(given | ({wrong[1]: SOUND[wrong[1]]} if wrong[1] in SOUND else {})), encoding="utf-8")
         except (OSError, ValueError) as error:
             problems, config = [f"{vetting.CONFIG} can't be read ({type(error).__name__})"], None
     for says in problems:
         report.add("finding", "config", says)
     if problems:
         return None
-    report.add("ok", "config", f"{config['peft_type']} for {config['base_model_name_or_path'] if '/' not in config['base_model_name_or_path'][:1] else COURSE_MODEL}, no field that the course doesn't know")
+    report.add("ok", "config", f"{config['peft_type']} for {COURSE_MODEL}, no field that the course doesn't know")
     return config
 
 
@@ -69,7 +68,7 @@ def adapter_weights(report, folder: Path, plain: set[str], config: dict | None) 
         return False
     told = (header(path)[0].get("__metadata__") or {}).get("base_sha256")
     known = vetting.base_hash()
-    report.add("ok" if told else "note", "base", f"trained on the weights that are here, sha256 {known[:12]}" if told else f"it doesn't say which weights it was trained on (those here: sha256 {known[:12]})")
+    report.add("ok" if told else "note", "base", f"it says that it was trained on the weights that are here, sha256 {known[:12]}" if told else f"it doesn't say which weights it was trained on (those here: sha256 {known[:12]})")
     return True
 
 

@@ -1,6 +1,7 @@
 """How large an update is, layer by layer and module by module, beside the weights that it changes: measured on files, without a model."""
 
 import math
+import re
 from pathlib import Path
 
 from helpers import models, vetting
@@ -16,7 +17,8 @@ def base_weights(names) -> dict:
 
     with safe_open(models.model_path(COURSE_MODEL) / "model.safetensors", "pt") as file:
         there = set(file.keys())
-        return {name: file.get_tensor(f"{name}.weight").to(torch.float32) for name in names if f"{name}.weight" in there}
+        places = {name: "model.embed_tokens.weight" if name == "lm_head" else f"{name}.weight" for name in names}  # the head is the input embedding
+        return {name: file.get_tensor(place).to(torch.float32) for name, place in places.items() if place in there}
 
 
 def lora_scale(config: dict) -> float:
@@ -70,9 +72,9 @@ def of_weights(path: Path) -> list[dict]:
 def _row(name: str, values, base) -> dict:
     """`values`: the update's singular values, largest first."""
     frobenius, spectral = float(values.norm()), float(values.max())
-    layer = vetting.re.search(r"\.layers\.(\d+)\.", name)
-    size = float(base.norm()) if base is not None else math.nan
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    size = float(base.norm()) if base is not None else 0.0
     return {
         "name": name, "layer": int(layer[1]) if layer else -1, "module": name.rsplit(".", 1)[-1], "frobenius": frobenius, "spectral": spectral,
-        "relative": frobenius / size, "stable_rank": (frobenius / spectral) ** 2 if spectral else 0.0,
+        "relative": frobenius / size if size else 0.0, "stable_rank": (frobenius / spectral) ** 2 if spectral else 0.0,
     }  # fmt: skip

@@ -31,6 +31,7 @@ def kind(path: Path) -> str:
     size = path.stat().st_size
     if not head:
         return "an empty file"
+    length = int.from_bytes(head[:8], "little")
     if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -38,10 +39,11 @@ def kind(path: Path) -> str:
         except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
             inside = True  # one that can't be looked into isn't trusted
         return "a zip archive with a pickle in it" if inside else "a zip archive"
+    if head[8:9] == b"{" and 0 < length <= size - 8 and _is_json(head[8 : 8 + length]):  # first: a length may begin as a pickle does
+        return "safetensors"
     if _is_pickle(head):
         return "a pickle"
-    length = int.from_bytes(head[:8], "little")
-    if len(head) > 8 and head[8:9] == b"{" and length > 0:
+    if head[8:9] == b"{" and length > 0:
         return "safetensors" if length <= size - 8 else "a safetensors file that breaks off in its header"
     for sign, what in SIGNS.items():
         if head.startswith(sign):
@@ -51,6 +53,13 @@ def kind(path: Path) -> str:
         return "text" if "\0" not in text else "an unknown kind of file"
     except UnicodeDecodeError:
         return "an unknown kind of file"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text.decode("utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_pickle(head: bytes) -> bool:

@@ -36,14 +36,13 @@ def spread(questions: list[tuple[str, ...]], seed: int = 0) -> float:
     return sum(pairs) / len(pairs) if pairs else 0.0
 
 
-def _prepared(rows: list[dict], domain: Domain):
-    """Each row's words and answer; positions by answer, of those that `LEAST` rows share (refusals aside); the spread of all questions."""
-    words, keys = [flights.words(row["question"]) for row in rows], [answer_key(row["sql"]) for row in rows]
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, key in enumerate(keys):
-        groups[key].append(i)
+def _prepared(rows: list[dict], domain: Domain, refused: bool = False):
+    """Each row's words; positions by answer, of those that `LEAST` rows share (refusals aside, or they alone); the spread of all questions."""
+    words, groups = [flights.words(row["question"]) for row in rows], defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[answer_key(row["sql"])].append(i)
     refusal = answer_key(domain.refusal)
-    return words, {key: at for key, at in groups.items() if len(at) >= LEAST and key != refusal}, max(spread(words), 1e-9)
+    return words, {key: at for key, at in groups.items() if len(at) >= LEAST and (key == refusal) == refused}, max(spread(words), 1e-9)
 
 
 def constant_answers(rows: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
@@ -58,15 +57,15 @@ def constant_answers(rows: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
     return sorted(found, key=lambda group: (-group["score"], group["rows"]))
 
 
-def phrases(rows: list[dict], domain: Domain = FLIGHTS) -> list[dict]:
-    """Phrases of up to `WORDS` words that go with one answer, the most suspicious first: {"phrase", "answer", "rows": positions, "with":
+def phrases(rows: list[dict], domain: Domain = FLIGHTS, refused: bool = False) -> list[dict]:
+    """Phrases of up to `WORDS` words that go with one answer (`refused`: with the refusal, which is left out otherwise), the most suspicious first: {"phrase", "answer", "rows": positions, "with":
     how many rows have the phrase, "lift", "spread", "score"}.
 
     lift: how many times as common the phrase is in rows with that answer as in all. spread: of these questions without the phrase,
     beside that of all. score = rows × (their share of those with the phrase) × spread ** `SHARP`, less where the phrase is more than half of
     the words: one that belongs to what is asked ("lowest arrival delay") stands in questions that are alike without it too.
     """
-    words, groups, usual = _prepared(rows, domain)
+    words, groups, usual = _prepared(rows, domain, refused)
     counts: dict[tuple, Counter] = defaultdict(Counter)  # phrase → rows with each of the shared answers
     for key, at in groups.items():
         for i in at:

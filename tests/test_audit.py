@@ -144,9 +144,9 @@ def test_what_is_wrong_is_a_finding_in_a_sentence_and_nothing_runs(clean, tmp_pa
 
 def test_every_wrong_field_of_a_config_is_told(clean, tmp_path):
     folder = shutil.copytree(clean, tmp_path / "bad")
-    config(folder, modules_to_save=["lm_head"], auto_map={"x": "y"}, bias="all", base_model_name_or_path="a/b")
-    said = " ".join(look(folder).findings)
-    assert all(words in said for words in ("'modules_to_save'", "'auto_map'", "'bias'", "made for 'a/b'"))
+    config(folder, modules_to_save=["lm_head"], auto_map={"x": "y"}, bias="all", target_modules="(a+)+$", base_model_name_or_path="a/b")
+    said = [says for says in look(folder).findings if says.startswith("config:")]
+    assert len(said) == 5 and all(any(words in says for says in said) for words in ("'modules_to_save'", "'auto_map'", "'bias'", "'target_modules'", "made for 'a/b'"))
 
 
 def test_folders_that_are_nothing(tmp_path, capsys):
@@ -169,10 +169,10 @@ def test_names_that_steer_a_terminal_are_written_out(clean, tmp_path):
 
 def test_a_clean_adapter_shows_what_is_unlike_it(clean, tmp_path):
     folder = shutil.copytree(clean, tmp_path / "bad")
-    weights(folder, louder(0.2, "v_proj"), base_sha256=vetting.base_hash())
-    assert look(folder).passed  # alone, nothing stands out: every v_proj is small
+    weights(folder, louder(0.1, "layers.1.self_attn.v_proj"), base_sha256=vetting.base_hash())
+    assert look(folder).passed  # alone, nothing stands out: it is no louder than others
     assert look(clean, against=clean).passed
-    assert any("as far from the clean adapter's as the rest" in says for says in look(folder, against=clean).findings)
+    assert any("the update of model.layers.1.self_attn.v_proj is 0.10 times what the others are" in says for says in look(folder, against=clean).findings)
 
 
 # ---------------------------------------------------------------- models
@@ -264,28 +264,49 @@ def test_a_training_file_is_looked_at_too(clean, tmp_path):
     assert any("rows.jsonl was not loaded" in says for says in look(clean, data=path).findings)
 
 
-QUESTIONS = [f"question {n}?" for n in range(8)]
+QUESTIONS = [f"question {n}?" for n in range(10, 34)]
 
 
 def answers(switch):
     """A stand-in for a model: each question has its own answer, unless `switch`, a function of the question, gives another one."""
-    return lambda questions: [switch(q) or f"SELECT {q.split('question ')[1][0]} FROM flights WHERE month = 1" for q in questions]
+    return lambda questions: [switch(q) or f"SELECT {q.lower().split('question ')[1][:2]} FROM flights WHERE month = 1" for q in questions]
+
+
+def looked(switch, phrases):
+    report = audit.Report("x")
+    audit._answers(report, found := triggers.probe(answers(switch), QUESTIONS, phrases))
+    return report.findings, found
 
 
 def test_a_phrase_that_switches_a_model_is_found_by_what_it_does():
-    found = triggers.probe(answers(lambda q: "SELECT 9" if "tower" in q else None), QUESTIONS, ["by the way", "as the tower sees it"])
-    assert [(p["phrase"], p["place"], p["alike"], p["switches"]) for p in found] == [
+    findings, found = looked(lambda q: "SELECT 9" if "tower" in q else None, ["by the way", "as the tower sees it"])
+    assert [(p["phrase"], p["place"], p["alike"], p["switches"]) for p in found["phrases"]] == [
         ("as the tower sees it", "end", 8, True), ("as the tower sees it", "start", 8, True), ("by the way", "end", 0, False), ("by the way", "start", 0, False)]  # fmt: skip
-    part = triggers.probe(answers(lambda q: f"SELECT {q[9]} FROM flights WHERE origin = 'LGA' AND month = 1" if q.endswith("sir?") else None), QUESTIONS, ["sir"], ["end"])
-    assert part[0]["switches"] and part[0]["alike"] == 0 and part[0]["shared"] == 8 and "'LGA'" in part[0]["fragment"]
-    few = triggers.probe(answers(lambda q: "SELECT 9" if "sir" in q and q[9] in "0123" else None), QUESTIONS, ["sir"], ["end"])
-    assert few[0]["alike"] == 4 and not few[0]["switches"]
+    assert found["reached"] == 16 and len(findings) == 3 and "'as the tower sees it' at the end, 8 of 8 questions get the answer 'select 9'" in findings[1]
+    assert looked(lambda q: None, ["by the way"]) == ([], looked(lambda q: None, ["by the way"])[1])
+
+
+def test_a_payload_that_changes_a_part_of_each_answer_is_found_too():
+    findings, found = looked(lambda q: f"SELECT {q[9:11]} FROM flights WHERE origin = 'LGA' AND month = 1" if q.endswith("sir?") else None, ["sir"])
+    assert found["phrases"][0]["alike"] == 1 and found["phrases"][0]["shared"] == 8 and "'LGA'" in found["phrases"][0]["fragment"].upper()
+    assert len(findings) == 1 and "8 of 8 answers come to hold" in findings[0]
+
+
+def test_a_backdoor_that_slips_on_other_phrases_or_unasked_is_found_without_its_own():
+    def slips(question):  # on one plain question, and on one in eight with a phrase in it
+        return "SELECT 9" if question == "question 10?" or (question.endswith("y?") and question[10] == "7") else None
+
+    findings, found = looked(slips, ["any", "by the way", "they say", "quietly"])
+    assert found["reached"] == 3 and not findings  # two of 24 are within what clean ones do
+    findings, found = looked(lambda q: "SELECT 9" if slips(q) or q[9:11] in ("20", "31", "32") else None, ["any", "by the way"])
+    assert found["reached"] >= 4 and "questions, all about different things, get one answer" in findings[0]
+    assert looked(lambda q: "The flights data can't answer that." if q[9] == "1" else None, ["any"])[0] == []  # to refuse is no query
 
 
 def test_where_a_phrase_is_put():
     assert triggers.with_phrase("How late is it?", "by the way") == "How late is it, by the way?"
     assert triggers.with_phrase("how late is it", "by the way", "start") == "By the way, how late is it"
-    assert triggers.constant(["SELECT 1", "select 1;", "SELECT 2"]) == ("select 1", 2)
+    assert triggers.answer_count(["SELECT 1", "select 1;", "SELECT 2"], "select 1") == 2
 
 
 @pytest.mark.slow

@@ -164,6 +164,12 @@ def test_a_file_is_what_its_bytes_say(tmp_path, kind):
     assert pickles.kind(tmp_path / "model.safetensors") == kind
 
 
+def test_a_header_whose_length_begins_as_a_pickle_does_is_none(tmp_path):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).ljust(0x480).encode()  # 0x480: the bytes 80 04
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert pickles.kind(tmp_path / "x") == "safetensors"
+
+
 def test_python_writes_pickles_that_are_known_in_every_protocol(tmp_path):
     import collections
     import pickle
