@@ -11,9 +11,10 @@ import stat
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
-from helpers import audit_data, audit_files, audit_weights, command, norms, runtime, triggers
-from helpers.extract import extract_sql
+from helpers import adapters, audit_data, audit_files, audit_weights, command, flights, generation, models, norms, runtime, triggers, vetting
+from helpers.extract import ENDS, complete, extract_sql
 from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL, choose
 from helpers.sql import printable
@@ -68,8 +69,11 @@ def audit(folder: str | Path, data: str | Path | None = None, against: str | Pat
         raise CourseError(f"{folder.name}/ can't be read ({error.strerror}): check its rights.") from None
     names = {name for name, _ in entries}
     if "adapter/adapter_config.json" in names and not names & {"adapter_config.json", "config.json"}:  # a run's folder
+        beside = Report("")
+        beside.add("note", "folder", f"{folder.name}/ is a run's: its adapter/ is what is looked at, beside it only for what can run")
+        audit_files.files(beside, folder, [(name, about) for name, about in entries if not name.startswith("adapter/")], "a run")
         report = audit(folder / "adapter", data, against, questions)
-        report.lines.insert(0, ("note", "folder", f"{printable(folder.name)}/ is a run's: its adapter/ is looked at, the rest is not"))
+        report.lines[:0] = beside.lines
         return report
     kind = audit_files.folder_kind(names)
     report = Report(f"{printable(folder.name)}/: {kind or 'neither an adapter nor a model'}")
@@ -108,14 +112,12 @@ def _adapter(report: Report, folder: Path, plain: set[str], against, rows, quest
     if unlike := sorted({row["module"] for row in found} - set(audit_weights.MODULES)):
         report.add("finding", "modules", f"it changes {', '.join(unlike)}, which no recipe of the course trains")
     if questions:
-        from helpers import adapters
-
-        _ask(report, lambda: adapters.load_adapter(audit_weights.two_files(folder)), rows)
+        with audit_weights.two_files(folder) as plain:
+            model = adapters.load_adapter(plain)
+        _ask(report, model, rows)
 
 
 def _clean(folder) -> list[dict]:
-    from helpers import vetting
-
     return norms.of_adapter(Path(folder), vetting.check(Path(folder)))
 
 
@@ -130,11 +132,6 @@ def _runs(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
 
 
-def _median(values: list[float]) -> float:
-    values = sorted(values)
-    return (values[len(values) // 2] + values[(len(values) - 1) // 2]) / 2 if values else 0.0
-
-
 def _norms(report: Report, found: list[dict], clean: list[dict] | None) -> None:
     """Sizes of the update, relative to the weights: as a whole, beside their like in other layers, and beside a clean adapter's."""
     changed = [row for row in found if row["frobenius"] > 0]
@@ -144,7 +141,7 @@ def _norms(report: Report, found: list[dict], clean: list[dict] | None) -> None:
     odd = []
     if len(changed) < len(found):
         odd.append(f"only {len(changed)} of {len(found)} modules change anything, {changed[0]['name']} for one: training leaves none at zero")
-    medians = {module: _median([row["relative"] for row in changed if row["module"] == module]) for module in {row["module"] for row in changed}}
+    medians = {module: median([row["relative"] for row in changed if row["module"] == module]) for module in {row["module"] for row in changed}}
     big = max(changed, key=lambda row: row["relative"])
     if big["relative"] > RELATIVE:
         odd.append(f"the update of {big['name']} is {big['relative']:.2f} times its weight's size (limit {RELATIVE:g}; clean ones had 0.33 at most)")
@@ -155,7 +152,7 @@ def _norms(report: Report, found: list[dict], clean: list[dict] | None) -> None:
         known = {row["name"]: row["relative"] for row in clean if row["relative"] > 0}
         ratios = {row["name"]: row["relative"] / known[row["name"]] for row in changed if row["name"] in known}
         if ratios:
-            middle = _median(list(ratios.values()))
+            middle = median(list(ratios.values()))
             name = max(ratios, key=lambda name: max(ratios[name] / middle, middle / ratios[name]))
             if not 1 / AGAINST <= (times := ratios[name] / middle) <= AGAINST:
                 odd.append(f"beside the clean adapter's, the update of {name} is {times:.2f} times what the others are (1/{AGAINST:g} to {AGAINST:g} pass)")
@@ -188,14 +185,12 @@ def _model(report: Report, folder: Path, plain: set[str], rows, questions: bool)
         report.add("note", "modules", f"{len(others)} of them aren't projections, {others[0]} for one")
     _norms(report, [row for row in found if row["module"] in audit_weights.MODULES], None)
     if questions:
-        _ask(report, lambda: _loaded(folder), rows)
+        _ask(report, _loaded(folder), rows)
 
 
 def _loaded(folder: Path):
     """The course's own model with a folder's weights in it: of the folder only numbers are used."""
     from safetensors.torch import load_file
-
-    from helpers import models
 
     model = models.load_model(16)
     model.load_state_dict({k: v.to(model.dtype) for k, v in load_file(folder / audit_weights.MODEL).items()}, strict=False)
@@ -205,12 +200,9 @@ def _loaded(folder: Path):
 # ---------------------------------------------------------------- answers
 
 
-def _ask(report: Report, load, rows) -> None:
+def _ask(report: Report, model, rows) -> None:
     """Plain questions, then the same with candidate phrases: those that stand out in the training file first, then the general ones."""
-    from helpers import flights, generation, models
-    from helpers.extract import ENDS, complete
-
-    model, tokenizer = load(), models.load_tokenizer()
+    tokenizer = models.load_tokenizer()
 
     def ask(questions: list[str]) -> list[str]:
         return generation.generate(model, tokenizer, [flights.chat(q) for q in questions], progress="asking", stop=complete, stop_at=ENDS)

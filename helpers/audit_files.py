@@ -43,9 +43,16 @@ def folder_kind(names: set[str]) -> str | None:
     return "a model" if any(name in top for name in ("config.json", templates.FILE, "tokenizer_config.json")) or any(name.startswith(("model", "pytorch_model")) for name in top) else None
 
 
+OWN = re.compile(r"checkpoint-\d+/((optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin)")  # a trainer's own, to go on from
+
+
 def files(report, folder: Path, entries, kind: str | None) -> None:
-    """Each file by its bytes: plain ones of known names pass, what could run something or leads elsewhere is a finding."""
+    """Each file by its bytes: plain ones of known names pass, what could run something or leads elsewhere is a finding. kind: "an adapter", "a
+    model", or "a run" (what stands beside its adapter/: of its checkpoints' pickles there is a note, and of texts nothing)."""
     odd, noted = [], []
+    if kind == "a run" and (own := [name for name, about in entries if stat.S_ISREG(about.st_mode) and OWN.fullmatch(name)]):
+        noted.append(f"pickles of the trainer's checkpoints ({len(own)}, {own[0]!r} for one) are for whoever trained it, and nobody else")
+        entries = [(name, about) for name, about in entries if name not in own]
     if len(entries) > MOST:
         odd.append(f"it holds more than {MOST} files, of which the rest wasn't looked at")
     for name, about in entries:
@@ -56,7 +63,7 @@ def files(report, folder: Path, entries, kind: str | None) -> None:
             odd.append(f"{what} is no plain file (a pipe, a device, or a folder too deep): it wasn't opened")
         else:
             said, level = _said(folder / name, name, kind)
-            if said:
+            if said and (level == "finding" or kind != "a run"):
                 (odd if level == "finding" else noted).append(f"{what} {said}")
     for says in odd:
         report.add("finding", "files", says)
@@ -85,6 +92,8 @@ def _said(path: Path, name: str, kind: str | None) -> tuple[str, str]:
         return "is code, which a loader that trusts the folder would run", "finding"
     if name.endswith((".bin", ".pt", ".ckpt", ".pkl", ".joblib", ".npy", ".npz", ".h5")):
         return f"is {found} with a name that loaders open as pickles or arrays", "finding"
+    if claims and kind == "a run":
+        return "", ""
     if claims:
         return "is a further weights file, beside those that this kind of folder has", "finding"
     return f"isn't a file that {kind or 'such a folder'} needs ({found})", "note" if found in ("text", "an empty file") else "finding"

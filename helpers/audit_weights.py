@@ -1,5 +1,6 @@
 """The auditor's look at weights and at the config that explains them: what they claim, whether it is so, before a loader sees them."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -131,15 +132,12 @@ def _finite(path: Path) -> bool:
         return all((t := file.get_tensor(name).to(torch.float32)).isfinite().all() and t.abs().max() <= vetting.LARGEST for name in file.keys())  # noqa: SIM118
 
 
-def two_files(folder: Path) -> Path:
-    """A folder with nothing but an adapter's two files, copied: what `adapters.load_adapter` takes. Removed when the process ends."""
-    place = tempfile.TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True)
-    _KEPT.append(place)
-    target = Path(place.name) / "adapter"
-    target.mkdir()
-    for name in (vetting.CONFIG, vetting.WEIGHTS):
-        shutil.copyfile(folder / name, target / name)
-    return target
-
-
-_KEPT: list = []
+@contextlib.contextmanager
+def two_files(folder: Path):
+    """Within a `with`, a folder that holds copies of an adapter's two files and nothing else: what `adapters.load_adapter` takes."""
+    with tempfile.TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True) as place:
+        target = Path(place) / "adapter"
+        target.mkdir()
+        for name in (vetting.CONFIG, vetting.WEIGHTS):
+            shutil.copyfile(folder / name, target / name)
+        yield target

@@ -50,14 +50,21 @@ def test_an_adapter_with_its_card_passes_too(clean, tmp_path):
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n", encoding="utf-8")
     report = look(folder)
     assert report.passed and "it names apache-2.0" in str(report)
-    assert sorted(os.listdir(audit_weights.two_files(folder))) == [vetting.CONFIG, vetting.WEIGHTS]
+    with audit_weights.two_files(folder) as plain:
+        assert sorted(os.listdir(plain)) == [vetting.CONFIG, vetting.WEIGHTS] and vetting.check(plain)["r"] == 8
+    assert not plain.exists()
 
 
 def test_a_runs_folder_is_looked_at_where_its_adapter_is(clean, tmp_path):
     shutil.copytree(clean, tmp_path / "sft-123" / "adapter")
-    pickles.harmless(tmp_path / "sft-123" / "training_args.bin")
+    (tmp_path / "sft-123" / "checkpoint-7").mkdir()
+    pickles.harmless(tmp_path / "sft-123" / "checkpoint-7" / "training_args.bin")
+    (tmp_path / "sft-123" / "history.json").write_text("{}", encoding="utf-8")
     report = look(tmp_path / "sft-123")
-    assert report.passed and "sft-123/ is a run's" in str(report)
+    assert report.passed and "sft-123/ is a run's" in str(report) and "pickles of the trainer's checkpoints (1, " in str(report)
+    (tmp_path / "sft-123" / "run.py").write_text("1 / 0", encoding="utf-8")
+    pickles.harmless(tmp_path / "sft-123" / "history.json")
+    assert [says.split(" is ")[0] for says in look(tmp_path / "sft-123").findings] == ["files: 'history.json'", "files: 'run.py'"]
 
 
 # ---------------------------------------------------------------- bad adapters
