@@ -19,9 +19,9 @@ from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL, choose
 from helpers.sql import printable
 
-# Thresholds, from eight clean LoRA adapters of three recipes (three seeds of the main one, two of an older one, two of DPO, one of 120 steps): an
-# update's Frobenius norm was 0.036 to 0.33 of its weight's, and at most 2.3 times the median of its like in the other layers. Module by module two
-# seeds differed by a factor of 1.4 at most, two recipes by 1.9 (their sizes as a whole set aside).
+# Thresholds, from seven clean LoRA adapters (three seeds of the second edition's main recipe; of the first edition's two after SFT, two after
+# DPO): an update's Frobenius norm was 0.042 to 0.33 of its weight's, and at most 2.3 times the median of its like in the other layers. Module by
+# module two seeds differed by a factor of 1.4 at most, two recipes by 1.9 (their sizes as a whole set aside). An adapter with a backdoor lay within all of these.
 RELATIVE = 1.0  # of the weight's norm: three times the largest that was seen
 OUTLIER = 4.0  # times the median of the same module over the layers
 AGAINST = 3.0  # times, or one in so many, what a clean adapter given for comparison has there
