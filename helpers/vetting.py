@@ -244,3 +244,16 @@ def base_hash() -> str | None:
     manifest = models.model_path(COURSE_MODEL) / "manifest.json"
     listed = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.exists() else {}
     return listed.get("model.safetensors") or sha256(models.model_path(COURSE_MODEL) / "model.safetensors")
+
+
+# ---------------------------------------------------------------- part by part, for an audit that goes on after a finding
+
+
+def read_config(path: Path) -> dict:
+    """An adapter's config, looked at as `check` does. Refused: the first thing that is wrong."""
+    return _config(path)
+
+
+def check_weights(path: Path, config: dict) -> None:
+    """An adapter's weights, looked at as `check` does, against its config. Refused: the first thing that is wrong."""
+    _check_weights(path, config)

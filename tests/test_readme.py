@@ -42,6 +42,8 @@ WORDS = {  # a command with words that it doesn't know: the status and what is s
     "helpers.convert": (2, "the following arguments are required: file"),
     "helpers.convert nowhere.json": (1, "nowhere.json is no file"),
     "helpers.convert .": (1, "is no file"),
+    "helpers.audit": (2, "the following arguments are required: folder"),
+    "helpers.audit nowhere": (1, "There is no folder nowhere"),
     "course": (2, "the following arguments are required: command"),
     "course fly": (2, "invalid choice: 'fly'"),
     "course catch-up": (1, "There is no notebook '': STEP can be 00, 01"),

@@ -126,7 +126,9 @@ def test_nothing_unwanted_is_tracked():
 def test_no_remote_code_and_no_pickle():
     for path in [*(ROOT / "helpers").glob("*.py"), *(ROOT / "course").rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
-        assert "trust_remote_code" not in text and "torch.load" not in text and "import pickle" not in text
+        assert "trust_remote_code" not in text
+        if path.name != "pickles.py":  # the lesson on them: its own harmless one is loaded, in a process and a folder of its own
+            assert "torch.load" not in text and "import pickle" not in text
 
 
 # ---------------------------------------------------------------- the house
