@@ -37,7 +37,7 @@ PINS = {  # what is fetched for each engine's parser
         "antlr4-python3-runtime==4.9.3 --hash=sha256:f224469b4168294902bb1efa80a8bf7855f24c99aef99cbefc1bcd3cce77881b",
     ],
 }
-MINUTES = 10  # at most, for one engine's answer or its fetching
+MINUTES = 20  # at most, for one engine's answer or its fetching
 TOLERANCE = 0.005  # nats: how far a loss of `trl sft` may be from the reference's
 
 
@@ -215,13 +215,12 @@ def with_trl(folder: Path, steps: int = 3, rows: int = 2) -> list[float]:
     return [log["loss"] for log in state["log_history"] if "loss" in log]
 
 
-def with_helpers(folder: Path, questions: list[dict], steps: int = 3, rows: int = 2) -> list[float]:
+def with_helpers(folder: Path, recipe: SFTRecipe, questions: list[dict], steps: int = 3, rows: int = 2) -> list[float]:
     """The losses of the same steps with the course's own settings and TRL's trainer, the adapter left in bfloat16 as the command line leaves it."""
     from trl import SFTTrainer
 
     from helpers import models, recipes, training
 
-    recipe = SFTRecipe()
     changes = {"max_steps": steps, "per_device_train_batch_size": rows, "logging_steps": 1, "save_strategy": "no", "warmup_steps": 0, "pad_to_multiple_of": None}
     trainer = SFTTrainer(
         model=models.load_model(recipe.bits), args=training.sft_config(recipe, folder, **changes), train_dataset=recipes.training_set(questions),
@@ -231,14 +230,15 @@ def with_helpers(folder: Path, questions: list[dict], steps: int = 3, rows: int 
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-def compare(steps: int = 3, examples: int = 24) -> tuple[list[float], list[float]]:
-    """The losses of both on the same few examples."""
+def compare(steps: int = 3, examples: int = 24, recipe: SFTRecipe | None = None) -> tuple[list[float], list[float]]:
+    """The losses of both on the recipe's first few examples."""
     from helpers import recipes
 
-    questions = recipes.training_rows(SFTRecipe())[:examples]
+    recipe = recipe or SFTRecipe()
+    questions = recipes.training_rows(recipe)[:examples]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        engines.write(Path(folder), SFTRecipe(), questions)
-        return with_trl(Path(folder), steps), with_helpers(Path(folder), questions, steps)
+        engines.write(Path(folder), recipe, questions)
+        return with_trl(Path(folder), steps), with_helpers(Path(folder), recipe, questions, steps)
 
 
 def run() -> int:

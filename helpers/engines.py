@@ -203,6 +203,8 @@ ENGINES = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory}
 
 def files(recipe=None, rows=None, domain: Domain = FLIGHTS, gpus: int = 1) -> dict[str, str]:
     """Every file of a recipe (None: both of the course's) by its path in the folder; the data too. `gpus` share the recipe's batch."""
+    if recipe is None and rows is not None:
+        raise CourseError("Rows of your own go with a recipe of your own: give it as well.")
     found = {f"accelerate/{machine}.yaml": spread.accelerate(machine) for machine in spread.MACHINES} | {"data/dataset_info.json": dataset_info()}
     for one in (SFTRecipe(), DPORecipe()) if recipe is None else (recipe,):
         data = {f"data/{name}": text for name, text in data_files(one, rows, domain).items()}

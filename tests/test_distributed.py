@@ -9,8 +9,9 @@ import time
 import pytest
 
 from helpers import distributed
-from helpers.distributed import Plan
+from helpers import process as worker
 from helpers.files import CourseError
+from helpers.process import Plan
 
 SHORT = Plan(layers=2, steps=4, batch=4)
 # Two layers of thirty give losses near 8 to 24: equal to a millionth of that
@@ -70,6 +71,19 @@ def test_a_batch_that_cannot_be_shared_out_and_an_unknown_kind_are_told(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def checkpoint(folder):
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    (folder / "checkpoint-2" / "optimizer.pt").touch()
+
+
+def test_checkpoints_of_other_settings_are_not_gone_on_with(tmp_path):
+    checkpoint(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({"batch": 8}), encoding="utf-8")
+    with pytest.raises(CourseError, match="holds another run's checkpoints, of other settings: take an empty folder"):
+        distributed.run(tmp_path)
+
+
 TORCHRUN = """
 Root Cause (first observed failure):
 [0]:
@@ -91,11 +105,9 @@ ENDS = {  # log.txt, what process 0 wrote of itself, whether there is a checkpoi
 def test_how_a_run_ended_is_told_in_a_sentence(what, tmp_path):
     log, said, kept, words = ENDS[what]
     (tmp_path / "log.txt").write_text(log, encoding="utf-8")
-    distributed.tell(tmp_path, 0, **said)
+    worker.tell(tmp_path, 0, **said)
     if kept:
-        (tmp_path / "checkpoint-2").mkdir()
-        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}", encoding="utf-8")
-        (tmp_path / "checkpoint-2" / "optimizer.pt").touch()
+        checkpoint(tmp_path)
     assert words in distributed._what_ended_it(tmp_path, 1, 2)
 
 
@@ -115,7 +127,7 @@ def test_a_run_that_hangs_is_ended_with_a_sentence_and_nothing_is_left_behind(tm
 
 
 def test_labels_cover_the_answer_and_its_end_alone(tokenizer):
-    ids, labels, mask = distributed.batch_of([{"question": "How many?", "sql": "SELECT 1"}, {"question": "How many flights left JFK in July?", "sql": "SELECT 2"}], tokenizer)
+    ids, labels, mask = worker.batch_of([{"question": "How many?", "sql": "SELECT 1"}, {"question": "How many flights left JFK in July?", "sql": "SELECT 2"}], tokenizer)
     assert ids.shape == labels.shape == mask.shape and ids.shape[0] == 2
     for row, answer in enumerate(("SELECT 1", "SELECT 2")):
         learnt = labels[row][labels[row] != -100]
