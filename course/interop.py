@@ -128,7 +128,8 @@ def _read_datasets(path: Path) -> None:
     rows = engines.data_files(SFTRecipe(), [{"question": "How many?", "sql": "SELECT 1"}])
     rows |= engines.data_files(DPORecipe(), [{"prompt": "How many?", "chosen": "SELECT 1", "rejected": "SELECT 2"}] * 33)
     for dataset, about in json.loads(path.read_text(encoding="utf-8")).items():
-        if strange := {**about["columns"], **about["tags"]}.keys() - set(read.DatasetAttr.__dataclass_fields__):
+        known = {*read.DatasetAttr.__dataclass_fields__, "columns", "tags", "file_name"}
+        if strange := {**about, **about["columns"], **about["tags"]}.keys() - known:
             raise ValueError(f"a dataset has no {', '.join(sorted(strange))}")
         one = read.get_dataset_list([dataset], str(path.parent))[0]
         found = convert.DATASET_CONVERTERS[one.formatting](one, None)(json.loads(rows[one.dataset_name].splitlines()[0]))

@@ -170,6 +170,7 @@ def llamafactory(f: SimpleNamespace, data: str) -> str:
             model |= {"quantization_bit": 4, "quantization_method": "bnb", "quantization_type": "nf4", "double_quantization": False}
         targets = "all" if f.modules == "all-linear" else ",".join(f.modules)
         if f.layers:  # PEFT takes the end of a module's name for it
+            own.append("It has no key for layers: each matrix that gets an adapter is named.")
             parts = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in f.modules}
             targets = ",".join(f"layers.{layer}.{parts[name]}.{name}" for layer in f.layers for name in f.modules)
         adapter = {"finetuning_type": "lora", "lora_rank": f.lora.r, "lora_alpha": f.lora.lora_alpha, "lora_dropout": 0.0, "lora_target": targets}

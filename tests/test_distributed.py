@@ -155,14 +155,14 @@ def test_two_processes_train_as_one_does(two, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a process is killed in another way there")
 def test_a_killed_process_ends_the_run_in_a_sentence_and_it_goes_on_from_its_checkpoint(two, tmp_path):
-    start = time.monotonic()
     with pytest.raises(CourseError, match=rf"Process 1 of 2 .* was ended by signal {signal.SIGKILL:d}.*the checkpoint of step 2 is kept"):
         distributed.run(tmp_path, 2, SHORT, kill=(1, 3))
+    died = (tmp_path / "process-1.json").stat().st_mtime  # the last that it wrote
+    assert time.time() - died < 2 * worker.PATIENCE  # no hang, on a busy machine either
     pids = [json.loads((tmp_path / f"process-{rank}.json").read_text(encoding="utf-8"))["pid"] for rank in range(2)]
     for pid in pids:
         with pytest.raises(OSError):
             os.kill(pid, 0)  # both are gone
-    assert time.monotonic() - start < 300
     again = distributed.run(tmp_path, 2, SHORT)
     assert again["from_step"] == 2 and again["losses"] == pytest.approx(two["losses"], **CLOSE)
 
