@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from helpers import engines, flights
+from helpers import distributed, engines, flights
 from helpers.command import status
 from helpers.dpo import DPORecipe
 from helpers.files import CourseError, building
@@ -61,11 +61,18 @@ def environment(engine: str) -> Path | None:
     return target
 
 
-def _run(command: list[str], what: str, **more) -> subprocess.CompletedProcess:
+def _run(command: list[str], what: str, given: str | None = None, **more) -> subprocess.CompletedProcess:
+    """The finished program, with what it said; CourseError where it takes too long: then it is ended, and what it started too."""
+    pipes = {"stdin": subprocess.PIPE if given else subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", **pipes, **more)
     try:
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=60 * MINUTES, **more)
+        out, err = started.communicate(given, timeout=60 * MINUTES)
+        return subprocess.CompletedProcess(command, started.returncode, out, err)
     except subprocess.TimeoutExpired:
         raise CourseError(f"{what} took more than {MINUTES} minutes and was stopped: run it again when the machine has less to do.") from None
+    finally:
+        if started.poll() is None:
+            distributed.end(started)
 
 
 # ---------------------------------------------------------------- the engines' own parsers, each in its own process
@@ -163,7 +170,7 @@ def ask(engine: str, texts: dict[str, str]) -> dict[str, str]:
     paths = [str(path) for path in (place, ROOT) if path]
     quiet = {"DISABLE_VERSION_CHECK": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = _run(
-        [sys.executable, "-m", "course.interop", "--parse", engine], f"Asking {engine}", input=json.dumps(texts), cwd=ROOT,
+        [sys.executable, "-m", "course.interop", "--parse", engine], f"Asking {engine}", json.dumps(texts), cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | quiet,
     )  # fmt: skip
     if done.returncode or "\n@" not in f"\n{done.stdout}":

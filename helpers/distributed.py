@@ -85,11 +85,11 @@ def _watch(started: subprocess.Popen, folder: Path, kill, until: float) -> int |
         return started.returncode
     finally:
         if started.poll() is None:
-            _end(started)
+            end(started)
 
 
-def _end(started: subprocess.Popen) -> None:
-    """Ends a run and all that it started: asked first, since torchrun then ends its own, and killed if it won't."""
+def end(started: subprocess.Popen) -> None:
+    """Ends a program and all that it started: asked first, since launchers then end their own, and killed if it won't."""
     import psutil
 
     with contextlib.suppress(psutil.Error):

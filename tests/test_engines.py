@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+import sys
 from dataclasses import fields, replace
 
+import psutil
 import pytest
 import yaml
 
@@ -270,19 +272,20 @@ def test_a_file_that_its_parser_refuses_and_a_wrong_key_that_is_taken_are_both_t
 @pytest.mark.parametrize(("said", "words"), [("Connection refused", "is there a network?"), ("THESE PACKAGES DO NOT MATCH THE HASHES", "its pinned sha256 differs")])
 def test_an_engine_that_cannot_be_fetched_gets_a_sentence(said, words, tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
-    monkeypatch.setattr(interop.subprocess, "run", lambda command, **more: subprocess.CompletedProcess(command, 1, "", said))
+    monkeypatch.setattr(interop, "_run", lambda command, what: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(CourseError, match=words.replace("?", r"\?")):
         interop.environment("axolotl")
     assert not [path for path in (tmp_path / "interop").iterdir() if path.suffix != ".lock"]  # nothing half there
 
 
-def test_an_engine_that_takes_too_long_is_stopped(monkeypatch):
-    def slow(command, **more):
-        raise subprocess.TimeoutExpired(command, more["timeout"])
-
-    monkeypatch.setattr(interop.subprocess, "run", slow)
-    with pytest.raises(CourseError, match="took more than 20 minutes"):
-        interop.ask("trl", {})
+def test_an_engine_that_takes_too_long_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    """A stand-in that starts another program, as Accelerate's launcher does, and waits for it."""
+    monkeypatch.setattr(interop, "MINUTES", 0.05)
+    inner = f"import os, time; open(r'{tmp_path / 'pid'}', 'w').write(str(os.getpid())); time.sleep(600)"
+    with pytest.raises(CourseError, match="A stand-in took more than 0.05 minutes and was stopped"):
+        interop._run([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"], "A stand-in")
+    if (tmp_path / "pid").exists() and (pid := (tmp_path / "pid").read_text(encoding="utf-8")):
+        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow
