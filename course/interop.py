@@ -5,12 +5,15 @@ each that no other program sees: their parsers need little of what their trainin
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import types
+from importlib import import_module  # what an engine brings itself is imported by its name: the course doesn't depend on it
 from pathlib import Path
 
 from helpers import distributed, engines, flights
@@ -80,35 +83,27 @@ def _run(command: list[str], what: str, given: str | None = None, **more) -> sub
 
 def parse_trl(name: str, path: Path) -> None:
     """TRL's parser for `trl sft` or `trl dpo`, which makes its own config objects; raises for a key that none of them has."""
-    import importlib
-
-    parser = importlib.import_module(f"trl.scripts.{'dpo' if '/dpo' in name else 'sft'}").make_parser()
+    parser = import_module(f"trl.scripts.{'dpo' if '/dpo' in name else 'sft'}").make_parser()
     parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
 
 
 def parse_accelerate(name: str, path: Path) -> None:
     """Accelerate's own loader, which refuses what it doesn't know; what is in fsdp_config it never looks at: those are compared with its plugin's fields."""
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    config = load_config_from_file(str(path))
-    known = {f"fsdp_{field}" for field in FullyShardedDataParallelPlugin.__dataclass_fields__}
+    config = import_module("accelerate.commands.config.config_args").load_config_from_file(str(path))
+    known = {f"fsdp_{field}" for field in import_module("accelerate.utils").FullyShardedDataParallelPlugin.__dataclass_fields__}
     if strange := {key for key in config.fsdp_config or {} if key.replace("fsdp_offload_params", "fsdp_cpu_offload") not in known | {"fsdp_version"}}:
         raise ValueError(f"fsdp_config has no {', '.join(sorted(strange))}")
 
 
 def parse_axolotl(name: str, path: Path) -> None:
     """Axolotl's schema. It takes keys that it doesn't know in silence: they are compared with its fields, the data's too."""
-    import yaml
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-    from axolotl.utils.schemas.datasets import DPODataset, SFTDataset
-
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    source = (DPODataset if given.get("rl") else SFTDataset).model_fields
-    strange = [*(given.keys() - AxolotlInputConfig.model_fields.keys()), *(key for one in given["datasets"] for key in one.keys() - source.keys() - {"ds_type"})]
+    schema, data = (import_module(f"axolotl.utils.schemas.{name}") for name in ("config", "datasets"))
+    given = import_module("yaml").safe_load(path.read_text(encoding="utf-8"))
+    source = (data.DPODataset if given.get("rl") else data.SFTDataset).model_fields
+    strange = [*(given.keys() - schema.AxolotlInputConfig.model_fields.keys()), *(key for one in given["datasets"] for key in one.keys() - source.keys() - {"ds_type"})]
     if strange:
         raise ValueError(f"AxolotlInputConfig has no {', '.join(sorted(strange))}")
-    AxolotlInputConfig.model_validate(given)
+    schema.AxolotlInputConfig.model_validate(given)
 
 
 def parse_llamafactory(name: str, path: Path) -> None:
@@ -116,18 +111,12 @@ def parse_llamafactory(name: str, path: Path) -> None:
     if path.suffix == ".json":
         _read_datasets(path)
         return
-    import yaml
-    from llamafactory.hparams.parser import get_train_args
-
-    get_train_args(yaml.safe_load(path.read_text(encoding="utf-8")) | {"use_cpu": True})
+    get_train_args = import_module("llamafactory.hparams.parser").get_train_args
+    get_train_args(import_module("yaml").safe_load(path.read_text(encoding="utf-8")) | {"use_cpu": True})
 
 
 def _read_datasets(path: Path) -> None:
     """The list of data is read as LLaMA-Factory does. It takes columns that it doesn't know in silence: they are compared with its fields."""
-    import importlib.util
-    import types
-    from importlib import import_module
-
     package = types.ModuleType("llamafactory.data")  # in place of its own, which needs all that training needs
     package.__path__ = [str(Path(importlib.util.find_spec("llamafactory").origin).parent / "data")]
     sys.modules["llamafactory.data"] = package
