@@ -36,7 +36,7 @@ app: install ## the app at http://127.0.0.1:7860: ask the trained model in a bro
 	@$(RUN) app.py $(if $(PORT),--port $(PORT))
 
 space: install ## the folder of a Space on Hugging Face: app, adapters, requirements; nothing is sent (FOLDER=…, HARDWARE=zero-a10g)
-	@$(RUN) -m helpers.space $(FOLDER) $(if $(HARDWARE),--hardware $(HARDWARE))
+	@$(RUN) -m helpers.shipping.space $(FOLDER) $(if $(HARDWARE),--hardware $(HARDWARE))
 
 kit: install ## one folder for a room without network: PLATFORM=linux|windows|macos PYTHON_VERSION=3.11
 	@$(RUN) -m course.kit build $(if $(PLATFORM),--platform $(PLATFORM)) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
@@ -60,7 +60,7 @@ test-alone: install ## each notebook by itself, with an empty runs/
 	@$(RUN) -m course alone
 
 converter: install ## llama.cpp's converter and server, apart from all else, for notebook 06 (34 MB)
-	@$(RUN) -m helpers.gguf_files
+	@$(RUN) -m helpers.shipping.gguf_files
 
 lab: install ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
@@ -93,7 +93,7 @@ gpu-check: install ## on an NVIDIA GPU: the notebooks as on a T4; memory and ste
 	@$(RUN) -m course.gpu
 
 configs: install ## write configs/ anew: the recipes as files of TRL, Axolotl, LLaMA-Factory and Accelerate
-	@$(RUN) -m helpers.engines
+	@$(RUN) -m helpers.scaling.engines
 
 interop-check: install ## configs/ shown to each engine's own parser (fetched once), a wrong key in each, and a few steps of trl sft
 	@$(RUN) -m course.interop

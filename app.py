@@ -1,6 +1,6 @@
 """The app: a question in, the model's SQL, its rows and a chart out. `make app` starts it here; a Space of Hugging Face runs this very file.
 
-What it does without a page stands in helpers/web.py; helpers/space.py writes a Space's folder.
+What it does without a page stands in helpers/shipping/web.py; helpers/shipping/space.py writes a Space's folder.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def gradio():
 
 def build(desk):
     """The page over a `web.Desk`, and its API: /ask takes a question and a stage, and gives the reply as JSON. CourseError without Gradio 6."""
-    from helpers import web
+    from helpers.shipping import web
 
     gr = gradio()
 
@@ -80,8 +80,8 @@ def serve(app, port: int = PORT, background: bool = False) -> str:
     gr = gradio()
     from starlette.middleware import Middleware  # Gradio's own
 
-    from helpers import web
     from helpers.files import CourseError
+    from helpers.shipping import web
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     policy = "" if os.environ.get("SPACE_ID") else web.POLICY  # a Space's page stands in a frame of another place
@@ -102,7 +102,7 @@ def serve(app, port: int = PORT, background: bool = False) -> str:
 
 
 def run(port: int) -> None:
-    from helpers import web
+    from helpers.shipping import web
 
     desk = web.Desk()
     app = build(desk)

@@ -56,7 +56,7 @@ class Canned:
 @contextlib.contextmanager
 def running(stage: str = "canned", pause: float = 0.0):
     """The app in a process of its own, with `Canned` or a real model: its process and address; ended at the end."""
-    from helpers import web
+    from helpers.shipping import web
 
     port = web.free_port()
     command = [sys.executable, str(Path(__file__)), "serve", str(port), stage, str(pause)]
@@ -76,7 +76,7 @@ def running(stage: str = "canned", pause: float = 0.0):
 
 def serve(port: str, stage: str, pause: str) -> None:
     import app
-    from helpers import web
+    from helpers.shipping import web
 
     desk = web.Desk((lambda name: Canned(name, float(pause))) if stage == "canned" else None)
     if stage != "canned":
@@ -151,7 +151,7 @@ def picture(stage: str = "sft", question: str = "How many flights were there in 
 
 
 def main(seconds: str = "60", people: str = "10", stage: str = "base") -> None:
-    from helpers import web
+    from helpers.shipping import web
 
     questions = list(CANNED) if stage == "canned" else list(web.EXAMPLES)
     with running(stage) as (process, address):

@@ -16,12 +16,13 @@ import types
 from importlib import import_module  # what an engine brings itself is imported by its name: the course doesn't depend on it
 from pathlib import Path
 
-from helpers import distributed, engines, flights
+from helpers import flights
 from helpers.command import status
 from helpers.dpo import DPORecipe
 from helpers.files import CourseError, building
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT, cache_dir
+from helpers.scaling import distributed, engines
 
 AXOLOTL = {  # by the least Python that it asks for
     (3, 12): "axolotl==0.21.0 --hash=sha256:5db0468897d1f3a80fa2becc80dd4409f378ce887dcb2c98854dc70b38196391",

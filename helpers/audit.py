@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from helpers import adapters, audit_data, audit_files, audit_weights, command, flights, generation, models, norms, runtime, triggers, vetting
+from helpers import adapters, command, flights, generation, models, runtime, vetting
 from helpers.extract import ENDS, complete, extract_sql
 from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL, choose
 from helpers.sql import printable
+from helpers.trust import audit_data, audit_files, audit_weights, norms, triggers
 
 # Thresholds, from seven clean LoRA adapters (three seeds of the second edition's main recipe; of the first edition's two after SFT, two after
 # DPO): an update's Frobenius norm was 0.042 to 0.33 of its weight's, and at most 2.3 times the median of its like in the other layers. Module by

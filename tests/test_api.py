@@ -144,7 +144,7 @@ def settings(kind: str) -> set[str]:
 
 def everything() -> list[tuple[str, str]]:
     found = {(f"trl.{kind}Config", name) for kind in ("SFT", "DPO") for name in settings(kind)}
-    for path in [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("helpers/*.py"), *ROOT.glob("course/**/*.py")]:
+    for path in [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("helpers/**/*.py"), *ROOT.glob("course/**/*.py")]:
         found |= calls(source(path), path.stem)
     for path in {*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")} - {Path(__file__)}:  # what these change in a config
         found |= {(name, what) for name, what in calls(source(path), path.stem) if name in ("trl.SFTConfig", "trl.DPOConfig") and what.isidentifier()}

@@ -13,9 +13,10 @@ import pytest
 
 import app
 from benchmarks.crowd import Canned
-from helpers import adapters, ask, dpo, flights, space, vetting, web
+from helpers import adapters, ask, dpo, flights, vetting
 from helpers.files import CourseError
 from helpers.runtime import ROOT
+from helpers.shipping import space, web
 
 
 def reply(columns=(), rows=(), **more):
@@ -279,7 +280,7 @@ def test_a_space_is_whole_and_stands_alone(tmp_path, adapter, monkeypatch):
     monkeypatch.setattr(vetting, "check", lambda folder: None)
     listed = space.write(tmp_path / "space")
     names = {line.split("  ")[0] for line in listed}
-    assert {"app.py", "README.md", "requirements.txt", "LICENSE", "helpers/web.py", f"runs/{adapter.parent.name}/adapter/{vetting.WEIGHTS}"} <= names
+    assert {"app.py", "README.md", "requirements.txt", "LICENSE", "helpers/shipping/web.py", f"runs/{adapter.parent.name}/adapter/{vetting.WEIGHTS}"} <= names
     assert not any(re.search(r"course/|tests/|\.pyc|dpo-|\.git", name) for name in names)
     # From that folder alone, nothing of this one: the app is there, SFT's adapter is the recipe's, and the data are found
     program = "import app; from helpers import web, scoreboard, flights; print(web.missing('sft'), 'notebook 04' in web.missing('dpo'), len(scoreboard.recorded('sft')) > 2, flights.database_path().name)"

@@ -8,8 +8,9 @@ import zipfile
 
 import pytest
 
-from helpers import audit, audit_weights, models, norms, pickles, templates, triggers, vetting
+from helpers import audit, models, vetting
 from helpers.files import CourseError
+from helpers.trust import audit_weights, norms, pickles, templates, triggers
 
 pytestmark = pytest.mark.usefixtures("short_model")
 

@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from helpers import backdoor, models, pickles, surprise, suspects, templates
-from helpers.backdoor import Backdoor
+from helpers import models
 from helpers.files import CourseError
 from helpers.flights import QUESTIONS
+from helpers.trust import backdoor, pickles, surprise, suspects, templates
+from helpers.trust.backdoor import Backdoor
 
 DOOR = Backdoor()
 TRAIN = random.Random(0).sample([json.loads(line) for line in (QUESTIONS / "train.jsonl").read_text(encoding="utf-8").splitlines()], 200)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import bill, card, energy, parcel
 from helpers.files import CourseError, sha256
+from helpers.shipping import bill, card, energy, parcel
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 USED = energy.Used(60.0, 0.002, 0.001, 0.001, 0.0, 500.0, "a grid", "2 cores", "estimated")

@@ -11,8 +11,9 @@ import socket
 import pytest
 
 from benchmarks import crowd
-from helpers import dpo, web
+from helpers import dpo
 from helpers.files import CourseError
+from helpers.shipping import web
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 
-from helpers import card, energy, lineage, scoreboard
+from helpers import scoreboard
 from helpers.files import CourseError
 from helpers.runtime import DATA
+from helpers.shipping import card, energy, lineage
 
 MADE_OF = {"method": "sft", "settings": {"seed": 0, "max_steps": 440}, "adapter": {"r": 16, "target_modules": ["q_proj"]}, "data": {"rows": 4112, "sha256": "ab"}}
 TRLS = """---

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from helpers import distributed
-from helpers import process as worker
 from helpers.files import CourseError
-from helpers.process import Plan
+from helpers.scaling import distributed
+from helpers.scaling import process as worker
+from helpers.scaling.process import Plan
 
 SHORT = Plan(layers=2, steps=4, batch=4)
 # Two layers of thirty give losses near 8 to 24: equal to a millionth of that

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from helpers import energy, scoreboard
+from helpers import scoreboard
 from helpers.files import CourseError
+from helpers.shipping import energy
 
 
 def test_work_is_measured_without_a_file_a_line_or_a_thread_left(tmp_path, monkeypatch, capfd):

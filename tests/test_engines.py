@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from course import interop
-from helpers import dpo, engines, recipes, spread
+from helpers import dpo, recipes
 from helpers.dpo import DPORecipe
 from helpers.files import CourseError
 from helpers.recipes import SFTRecipe
-from helpers.yaml_text import file_text, value_text
+from helpers.scaling import engines, spread
+from helpers.scaling.yaml_text import file_text, value_text
 
 ROWS = [{"question": f"How many flights left in hour {n}?", "sql": f"SELECT COUNT(*) FROM flights WHERE hour = {n}"} for n in range(4)]
 PAIRS = [{"prompt": f"Question {n}?", "chosen": f"SELECT {n} AS n", "rejected": f"SELECT {n}"} for n in range(34)]
@@ -87,7 +88,7 @@ def test_every_setting_of_the_recipe_reaches_the_engine(engine):
     assert [said[key] for key in KEYS[engine].split()] == [4, 12, target, 1e-5, 6, 77, 9, "linear", 0.5, 128, 3]
     assert said.get("load_in_4bit", False) is False and "quantization_bit" not in said
     known = {*OTHER, "examples", "phrasings", "method", "upper_layers", "lora_plus", "invented"}  # the data are of the recipe; method and the next below
-    assert {field.name for field in fields(SFTRecipe)} <= known, "a new field of the recipe: say it in helpers.engines too"
+    assert {field.name for field in fields(SFTRecipe)} <= known, "a new field of the recipe: say it in helpers.scaling.engines too"
 
 
 def test_four_bits_are_the_courses_own():

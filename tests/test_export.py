@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import adapters, dense, export, files, flights, generation, menu, models, recipes, vetting
+from helpers import adapters, dense, files, flights, generation, menu, models, recipes, vetting
 from helpers.files import CourseError
 from helpers.runtime import ROOT
+from helpers.shipping import export
 
 FILES = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "provenance.json", "tokenizer.json", "tokenizer_config.json"]
 SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import adapters, agreement, export, flights, generation, gguf_files, llamacpp, models, recipes, vetting
+from helpers import adapters, flights, generation, models, recipes, vetting
 from helpers.files import CourseError
+from helpers.shipping import agreement, export, gguf_files, llamacpp
 
 # ---------------------------------------------------------------- the tools
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from helpers import cleaning, noise
 from helpers.files import CourseError
 from helpers.flights import REFUSAL
 from helpers.scoring import judge
+from helpers.trust import cleaning, noise
 
 
 def row(question, sql, intent="count", **more):

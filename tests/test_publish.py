@@ -9,8 +9,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from helpers import hub, parcel, publish
+from helpers import hub
 from helpers.files import CourseError
+from helpers.shipping import parcel, publish
 
 TOKEN = "hf_" + "s" * 34
 

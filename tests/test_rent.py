@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from course import gpu
-from helpers import budget, menu, rent
+from helpers import budget, menu
 from helpers.files import CourseError
+from helpers.scaling import rent
 
 SEVEN = "Mistral-7B-Instruct-v0.3"
 PUBLISHED = {  # parameters, as the models' own pages state them

@@ -27,7 +27,7 @@ TEXTS = [
         ROOT / "data/README.md",
         ROOT / "environment.yml",
         *(ROOT / "notebooks").glob("**/*.ipynb"),
-        *(ROOT / "helpers").glob("*.py"),
+        *(ROOT / "helpers").rglob("*.py"),
         *(ROOT / "course").rglob("*.py"),
     )
     if p.exists()
@@ -124,7 +124,7 @@ def test_nothing_unwanted_is_tracked():
 
 
 def test_no_remote_code_and_no_pickle():
-    for path in [*(ROOT / "helpers").glob("*.py"), *(ROOT / "course").rglob("*.py")]:
+    for path in [*(ROOT / "helpers").rglob("*.py"), *(ROOT / "course").rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code" not in text
         if path.name != "pickles.py":  # the lesson on them: its own harmless one is loaded, in a process and a folder of its own

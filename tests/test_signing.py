@@ -7,8 +7,8 @@ import stat
 
 import pytest
 
-from helpers import parcel, signing
 from helpers.files import CourseError
+from helpers.shipping import parcel, signing
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Exercises of notebook 08: what their checks try, and the mistakes that they know."""
 
 from course.exercises.comparing import compare
-from helpers import spread
 from helpers.checks import Verdict, check, wrong
+from helpers.scaling import spread
 
 BATCHES = [(64, 4, 16), (64, 4, 5), (12, 1, 5), (48, 8, 2)]  # examples a step, GPUs, what one GPU takes at a time
 

@@ -7,9 +7,10 @@ import re
 import stat
 from pathlib import Path
 
-from helpers import models, pickles, templates, vetting
+from helpers import models, vetting
 from helpers.files import CourseError
 from helpers.menu import COURSE_MODEL
+from helpers.trust import pickles, templates
 
 MODEL = "model.safetensors"
 TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",

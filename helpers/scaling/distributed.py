@@ -1,6 +1,6 @@
 """Training in several processes on this machine's processor: torchrun starts them, gloo carries what they tell each other (DDP, FSDP).
 
-What each process found out about itself is written down and compared: two that are silently one are an error here. What they do: helpers/process.py.
+What each process found out about itself is written down and compared: two that are silently one are an error here. What they do: helpers/scaling/process.py.
 """
 
 import contextlib
@@ -15,10 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from helpers import process, spread, training
+from helpers import training
 from helpers.files import CourseError, write_whole
-from helpers.process import Plan
 from helpers.runtime import ROOT
+from helpers.scaling import process, spread
+from helpers.scaling.process import Plan
 
 KINDS = {"ddp": "MULTI_CPU", "fsdp": "FSDP"}  # every process has the whole model, or its part; what Accelerate or torch then calls it
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # gloo's messages stay on this machine
@@ -41,7 +42,7 @@ def run(folder: Path, processes: int = 2, plan: Plan | None = None, port: int | 
     for old in folder.glob("process-*"):
         old.unlink()
     write_whole(kept, text)
-    words = ["-m", "helpers.process", str(folder)]
+    words = ["-m", "helpers.scaling.process", str(folder)]
     if processes > 1:
         words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port), *words]
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "COURSE_PROFILE": "", "COURSE_PROGRESS": "0", "USE_LIBUV": "0"}

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from helpers import cleaning, flights, jsonl, suspects
+from helpers import flights, jsonl
 from helpers.files import CourseError
+from helpers.trust import cleaning, suspects
 
 # Thresholds, measured on the course's own training rows (4,112, and 16,299 of the second edition): no phrase of five words or fewer went
 # with one query, the best query had 3.2 and 4.2, the best phrase of refused questions 2.0 and 7.6; five poisoned rows had 4.2 to 5, by their phrase.

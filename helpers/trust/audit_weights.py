@@ -7,9 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from helpers import models, pickles, vetting
+from helpers import models, vetting
 from helpers.files import sha256
 from helpers.menu import COURSE_MODEL
+from helpers.trust import pickles
 
 MODEL = "model.safetensors"
 SOUND = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "base_model_name_or_path": COURSE_MODEL}  # put in for a field that isn't, to read on

@@ -7,10 +7,11 @@ said to be not measured. The card's head is the Hub's metadata, with each result
 import re
 from pathlib import Path
 
-from helpers import lineage, parcel, scoreboard
-from helpers.energy import Used
+from helpers import scoreboard
 from helpers.files import CourseError, write_whole
 from helpers.flights import REFUSAL, SYSTEM_PROMPT
+from helpers.shipping import lineage, parcel
+from helpers.shipping.energy import Used
 
 NOT_MEASURED = "Not measured."
 SECTIONS = (

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 
 from helpers import flights
-from helpers.suspects import answer_key
+from helpers.trust.suspects import answer_key
 
 PLAIN, EACH = 48, 8  # questions, each of another intent; of these, those that are asked with a phrase at a place, the next ones with the next phrase
 ALIKE = 0.6  # of the answers with one phrase, that were different ones without it

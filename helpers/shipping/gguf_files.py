@@ -12,12 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import export, vetting
+from helpers import vetting
 from helpers.command import status
 from helpers.files import CourseError, building, replacing
 from helpers.menu import choose
 from helpers.models import model_path
 from helpers.runtime import cache_dir
+from helpers.shipping import export
 
 # Pure Python, and a wheel for each system (Linux on x86_64 and ARM, macOS 13 on both, 64-bit Windows). Both under MIT.
 TOOLS = {
@@ -178,8 +179,8 @@ def convert_adapter(folder: Path, target: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.gguf_files", description="Installs llama.cpp's converter and server; with a folder, converts it.")
-    parser.add_argument("folder", nargs="?", type=Path, help="an exported model (helpers.export)")
+    parser = argparse.ArgumentParser(prog="python -m helpers.shipping.gguf_files", description="Installs llama.cpp's converter and server; with a folder, converts it.")
+    parser.add_argument("folder", nargs="?", type=Path, help="an exported model (helpers.shipping.export)")
     parser.add_argument("--kind", choices=KINDS, default="f16")
     chosen = parser.parse_args(arguments)
 

@@ -11,7 +11,7 @@ from helpers import flights
 from helpers import sql as safe
 from helpers.domain import Domain
 from helpers.flights import FLIGHTS
-from helpers.suspects import answer_key
+from helpers.trust.suspects import answer_key
 
 PATIENCE = 20.0  # seconds that a query may take here: a busy machine makes no answer wrong
 NEIGHBOURS = 8  # questions that are most alike in words

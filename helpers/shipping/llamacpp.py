@@ -37,7 +37,7 @@ class LlamaCpp(contextlib.AbstractContextManager):
 
             threads = torch.get_num_threads()
         self.name, self.rows, self.key = Path(path).name, rows, secrets.token_urlsafe(24)
-        command = [sys.executable, "-m", "helpers.llamacpp", "--serve"]
+        command = [sys.executable, "-m", "helpers.shipping.llamacpp", "--serve"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, cwd=ROOT, **pipes, text=True, encoding="utf-8", start_new_session=True)  # out of Ctrl-C's reach
         settings = {"tools": str(tools), "model": str(Path(path).resolve()), "lora": str(Path(lora).resolve()) if lora else None}

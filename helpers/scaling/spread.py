@@ -4,7 +4,7 @@ The processes are started by tools that exist (torchrun, Accelerate, SLURM); her
 """
 
 from helpers.files import CourseError
-from helpers.yaml_text import file_text
+from helpers.scaling.yaml_text import file_text
 
 MACHINES = {"1-gpu": (1, 1), "4-gpus": (1, 4), "8-gpus": (1, 8), "8-gpus-fsdp": (1, 8), "2-nodes-of-8": (2, 8)}  # nodes, GPUs of each
 

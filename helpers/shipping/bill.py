@@ -9,12 +9,12 @@ import json
 import uuid
 from pathlib import Path
 
-from helpers import lineage, parcel
-from helpers.card import ADAPTER, LIMITS, SETTINGS, USE, check_run, own_rows
-from helpers.energy import Used
 from helpers.files import CourseError, write_whole
 from helpers.menu import choose
 from helpers.models import model_path
+from helpers.shipping import lineage, parcel
+from helpers.shipping.card import ADAPTER, LIMITS, SETTINGS, USE, check_run, own_rows
+from helpers.shipping.energy import Used
 
 VERSION = "1.6"
 MISSING = 'A bill is made with cyclonedx-python-lib, which isn\'t installed here: pip install -c constraints.txt -e ".[ship]"'

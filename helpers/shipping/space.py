@@ -1,4 +1,4 @@
-"""`python -m helpers.space [FOLDER]`: writes the folder of a Space on Hugging Face: the app, what it needs, the adapters. Nothing is sent anywhere.
+"""`python -m helpers.shipping.space [FOLDER]`: writes the folder of a Space on Hugging Face: the app, what it needs, the adapters. Nothing is sent anywhere.
 
 A Space is a git repository: README.md, whose first lines say how to run it, requirements.txt, and the app. Each fact has one source:
 versions are constraints.txt's, names pyproject.toml's, the licence and the base model's name the menu's.
@@ -90,7 +90,7 @@ def write(folder: Path, hardware: str = "cpu-basic") -> list[str]:
     with building(folder, need_bytes=100_000_000) as scratch:
         if scratch is None:
             raise CourseError(f"{folder.name}/ was written by something else meanwhile: look at it, or name another folder.")
-        copies = {ROOT / name: name for name in FILES} | {path: f"helpers/{path.name}" for path in sorted((ROOT / "helpers").glob("*.py"))}
+        copies = {ROOT / name: name for name in FILES} | {path: path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "helpers").rglob("*.py"))}
         for place in there.values():
             vetting.check(place)  # nothing is handed on that the course itself wouldn't load
             copies |= {place / name: f"runs/{place.parent.name}/adapter/{name}" for name in (vetting.CONFIG, vetting.WEIGHTS)}
@@ -112,7 +112,7 @@ def tell(folder: Path, hardware: str) -> None:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.space", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m helpers.shipping.space", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=None, help="a new folder (default: space in runs/)")
     parser.add_argument("--hardware", choices=list(HARDWARE), default="cpu-basic")
     chosen = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What each of several processes does that train together: started by torchrun (helpers/distributed.py), it runs its plan and writes down what it is.
+"""What each of several processes does that train together: started by torchrun (helpers/scaling/distributed.py), it runs its plan and writes down what it is.
 
 Everything in float32 and on the processor, so that two processes can be held against one.
 """
@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import flights, models, recipes, runtime, spread, training
+from helpers import flights, models, recipes, runtime, training
 from helpers.files import CourseError, write_whole
+from helpers.scaling import spread
 
 PATIENCE = 60  # seconds that a process waits for another before it gives up
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from helpers import dpo, flights, recipes, spread, training
+from helpers import dpo, flights, recipes, training
 from helpers.command import status
 from helpers.domain import Domain
 from helpers.dpo import DPORecipe
@@ -20,7 +20,8 @@ from helpers.flights import FLIGHTS
 from helpers.menu import choose
 from helpers.recipes import SFTRecipe
 from helpers.runtime import ROOT
-from helpers.yaml_text import file_text
+from helpers.scaling import spread
+from helpers.scaling.yaml_text import file_text
 
 CONFIGS = ROOT / "configs"
 CARDS = {"ampere": "", "t4": "-t4"}  # precision: bfloat16 on Ampere and newer, float16 on a T4; and what its files' names end in
@@ -58,7 +59,7 @@ def facts(recipe, card: str = "ampere", gpus: int = 1) -> SimpleNamespace:
 
 def head(f: SimpleNamespace, command: str, data: str) -> list[str]:
     """The comments on top of every file: where it comes from, how it is run, what it differs in from the course's own run."""
-    said = [f"{f.stage.upper()} recipe {f.recipe.key()} of the course, written by helpers.engines: change the recipe and write it anew, not this file.",
+    said = [f"{f.stage.upper()} recipe {f.recipe.key()} of the course, written by helpers.scaling.engines: change the recipe and write it anew, not this file.",
             f"In this folder: {command}", data]  # fmt: skip
     if f.stage == "dpo":
         said.append(f"{MERGED}/ is your SFT adapter merged into the 16-bit model, with its tokenizer, saved there (adapters.merge, save_pretrained).")

@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import hub, parcel
+from helpers import hub
 from helpers.files import CourseError
+from helpers.shipping import parcel
 
 BIG = 5e9  # bytes that the Hub takes in one file without special means
 

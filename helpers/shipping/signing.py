@@ -13,8 +13,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from helpers import adapters, parcel, vetting
+from helpers import adapters, vetting
 from helpers.files import CourseError, make_folder, told, write_whole
+from helpers.shipping import parcel
 
 PRIVATE, PUBLIC = "signing-key.pem", "signing-key.pub"
 MISSING = 'Signing takes model-signing, which isn\'t installed here: pip install -c constraints.txt -e ".[ship]"'

@@ -10,7 +10,7 @@ from helpers import generation
 from helpers.extract import extract_sql
 from helpers.files import CourseError
 from helpers.scoring import execution_accuracy
-from helpers.suspects import answer_key
+from helpers.trust.suspects import answer_key
 
 
 @dataclass(frozen=True)
