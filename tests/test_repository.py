@@ -128,7 +128,7 @@ def test_no_remote_code_and_no_pickle():
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code" not in text
         if path.name != "pickles.py":  # the lesson on them: its own harmless one is loaded, in a process and a folder of its own
-            assert "torch.load" not in text and "import pickle" not in text
+            assert "torch.load" not in text and not re.search(r"import pickle\b", text)
 
 
 # ---------------------------------------------------------------- the house
@@ -172,7 +172,7 @@ def floors(root):
 
 def test_the_house_has_floors_and_no_circle():
     status, says = floors(ROOT)
-    assert status == 0 and "3 kept, 0 broken" in says, says
+    assert status == 0 and "6 kept, 0 broken" in says, says
 
 
 @pytest.mark.parametrize(
