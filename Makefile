@@ -7,11 +7,10 @@ BIN    := $(VENV)/$(if $(ON_WINDOWS),Scripts,bin)
 RUN    := $(BIN)/python
 # On Linux without an NVIDIA GPU, torch comes from PyTorch's CPU index: about 200 MB instead of gigabytes of CUDA packages.
 TORCH_INDEX ?= $(shell if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo --extra-index-url https://download.pytorch.org/whl/cpu; fi)
-EXTRAS ?= test
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install course catch-up app space kit kit-check test test-fast test-unit test-notebooks test-alone converter lab refresh timings sweeps sweeps-check bench colab-check newest-check laptop-check gpu-check configs interop-check lint-workflows lock clean
+.PHONY: help install course catch-up kit kit-check test test-fast test-unit test-notebooks test-alone converter lab refresh timings sweeps sweeps-check bench colab-check newest-check laptop-check gpu-check configs interop-check lint-workflows lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -21,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "installing (about two minutes the first time)"
 	@$(RUN) -m pip install --quiet --retries 1 --timeout 20 $(TORCH_INDEX) "$(TORCH)" 2>$(VENV)/torch.log || $(RUN) -m pip install --quiet "$(TORCH)"
-	@$(RUN) -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@$(RUN) -m pip install --quiet -c constraints.txt -e ".[test]"
 	@touch $@
 
 install: $(VENV)/installed ## make .venv with everything in it
@@ -31,12 +30,6 @@ course: install ## run the core course headless and print the scoreboard (FRESH=
 
 catch-up: install ## what a notebook needs of the ones before it, if you fell behind: STEP=04
 	@$(RUN) -m course catch-up $(STEP)
-
-app: install ## the app at http://127.0.0.1:7860: ask the trained model in a browser (PORT=7861)
-	@$(RUN) app.py $(if $(PORT),--port $(PORT))
-
-space: install ## the folder of a Space on Hugging Face: app, adapters, requirements; nothing is sent (FOLDER=…, HARDWARE=zero-a10g)
-	@$(RUN) -m helpers.shipping.space $(FOLDER) $(if $(HARDWARE),--hardware $(HARDWARE))
 
 kit: install ## one folder for a room without network: PLATFORM=linux|windows|macos PYTHON_VERSION=3.11
 	@$(RUN) -m course.kit build $(if $(PLATFORM),--platform $(PLATFORM)) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))

@@ -19,7 +19,6 @@ from helpers.runtime import setup
 from helpers.worker import Worker
 
 MAX_QUESTION = 500  # characters
-TOO_LONG = "The question has {length:,} characters; the limit is {limit}. Ask something shorter."
 
 
 class Asker:
@@ -44,7 +43,7 @@ class Asker:
         if not question.strip():
             return reply | {"error": "The question is empty: type one, such as: How many flights left JFK in July?"}
         if (length := length or len(question)) > MAX_QUESTION:
-            return reply | {"error": TOO_LONG.format(length=length, limit=MAX_QUESTION)}
+            return reply | {"error": f"The question has {length:,} characters; the limit is {MAX_QUESTION}. Ask something shorter."}
         (text,), _ = generation.ask(self.model, self.tokenizer, [{"question": question}], self.system, logps=(logps := []))
         reply |= {"sql": extract_sql(text), "confidence": round(self.calibration(logps[0]), 2) if self.calibration else None}
         if not reply["sql"]:
@@ -68,18 +67,14 @@ def plain(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def sure(reply: dict) -> list[str]:
-    """The sentence on a reply's confidence; none where there is no figure."""
-    said = reply.get("confidence")
-    return [] if said is None else [f"Confidence: {said:.0%} (on the validation questions so many of the answers that it was so sure of were right)."]
-
-
 def show(reply: dict, limit: int = 20) -> str:
     """The reply as a person reads it: the SQL, then the rows or the error. Control characters are written out, so that no answer steers a
     terminal or breaks the table."""
     lines = [sql.printable(reply["sql"], keep="\n\t")] if reply["sql"] else []
+    said = reply.get("confidence")
+    sure = [] if said is None else [f"Confidence: {said:.0%} (on the validation questions so many of the answers that it was so sure of were right)."]
     if reply["error"]:
-        return "\n".join([*lines, sql.printable(reply["error"]), *(sure(reply) if reply["error"] == flights.REFUSAL else ())])
+        return "\n".join([*lines, sql.printable(reply["error"]), *(sure if reply["error"] == flights.REFUSAL else ())])
     rows = [reply["columns"]] + [["" if v is None else v for v in row] for row in reply["rows"][:limit]]
     cells = [[sql.printable(str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -87,7 +82,7 @@ def show(reply: dict, limit: int = 20) -> str:
     if len(reply["rows"]) > limit:
         lines.append(f"… {len(reply['rows']) - limit} more rows")
     lines += [f"Note: {sql.printable(note)}." for note in reply.get("notes", ())]
-    return "\n".join([*lines, *sure(reply)])
+    return "\n".join([*lines, *sure])
 
 
 def answer(chosen) -> int:

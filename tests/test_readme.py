@@ -65,7 +65,7 @@ OTHERS = {  # commands of README that aren't tried so, and why
     "make colab-check": "needs an hour", "make newest-check": "needs an hour", "make laptop-check": "needs an hour", "make gpu-check": "needs a GPU",
     "make kit-check": "course.kit check", "make catch-up": "course catch-up", "make kit": "course.kit build", "make course": "course run",
     "make configs": "tests/test_engines.py compares what it writes",
-    "make test-notebooks": "course notebooks", "make bench": "benchmarks", "make app": "helpers/shipping/web.py, of which tests/test_app.py and tests/test_browser.py are", "make sweeps": "course.recording run", "course test": "pytest's own",
+    "make test-notebooks": "course notebooks", "make bench": "benchmarks", "make sweeps": "course.recording run", "course test": "pytest's own",
 }  # fmt: skip
 
 
