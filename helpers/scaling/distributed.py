@@ -101,6 +101,7 @@ def end(started: subprocess.Popen) -> None:
         for one in family:
             with contextlib.suppress(psutil.Error):
                 one.kill()
+        psutil.wait_procs(family, timeout=10)  # on a busy machine even a killed one takes its time
     started.kill()
     started.wait()
 
