@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import time
 
@@ -121,7 +120,7 @@ def test_a_run_that_hangs_is_ended_with_a_sentence_and_nothing_is_left_behind(tm
         distributed.run(tmp_path, minutes=0.05)
     assert time.monotonic() - start < 60
     if (tmp_path / "process-0.json").exists():
-        pid = json.loads((tmp_path / "process-0.json").read_text())["pid"]
+        pid = json.loads((tmp_path / "process-0.json").read_text(encoding="utf-8"))["pid"]
         with pytest.raises(OSError):
             os.kill(pid, 0)
 
@@ -155,7 +154,7 @@ def test_two_processes_train_as_one_does(two, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a process is killed in another way there")
 def test_a_killed_process_ends_the_run_in_a_sentence_and_it_goes_on_from_its_checkpoint(two, tmp_path):
-    with pytest.raises(CourseError, match=rf"Process 1 of 2 .* was ended by signal {signal.SIGKILL:d}.*the checkpoint of step 2 is kept"):
+    with pytest.raises(CourseError, match=r"Process 1 of 2 .* was ended by signal 9.*the checkpoint of step 2 is kept"):
         distributed.run(tmp_path, 2, SHORT, kill=(1, 3))
     died = (tmp_path / "process-1.json").stat().st_mtime  # the last that it wrote
     assert time.time() - died < 2 * worker.PATIENCE  # no hang, on a busy machine either

@@ -44,7 +44,7 @@ def nameless_text(source: str) -> list[int]:
         # where the mode and a positional encoding stand: after the file's name, where that is not the object itself
         before = 0 if isinstance(node.func, ast.Attribute) and on != "io" else 1
         places = {"read_text": (None, 0), "write_text": (None, 1), "open": (before, before + 2)}
-        if called not in places or on in ("os", "zipfile", "tarfile"):
+        if called not in places or on in ("os", "zipfile", "tarfile", "archive"):  # members of an archive are bytes
             continue
         mode_at, encoding_at = places[called]
         modes = [k.value for k in node.keywords if k.arg == "mode"] + (node.args[mode_at : mode_at + 1] if mode_at is not None else [])

@@ -71,7 +71,7 @@ def test_every_import_of_helpers_is_a_named_dependency():
     other = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "model_signing": "model-signing"}
     other |= dict.fromkeys(("cyclonedx", "packageurl"), "cyclonedx-python-lib")  # whose dependency the second is
     third = {other.get(m, m) for m in third}
-    named = names(PROJECT["dependencies"]).union(*(names(PROJECT["optional-dependencies"][extra]) for extra in ("lab", "ship", "energy")))
+    named = names(PROJECT["dependencies"]).union(*(names(PROJECT["optional-dependencies"][extra]) for extra in ("lab", "ship", "trust", "energy")))
     assert third <= named, third - named
     notebooks = {name.lower() for name in imported("helpers")} & names(PROJECT["optional-dependencies"]["lab"])
     assert not notebooks, "helpers must do without what only the runner needs"

@@ -194,4 +194,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows can't say every letter
     sys.exit(main())
