@@ -1,5 +1,6 @@
 """Before you rent: sizes, memory over cards, hours, money, energy, each against figures worked out apart, and against the recorded H200."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -114,9 +115,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_had_gets_a_sentence(what):
     act, says = REFUSED[what]
-    with pytest.raises(CourseError) as refusal:
+    with pytest.raises(CourseError, match=re.escape(says)):
         act()
-    assert says in str(refusal.value)
 
 
 def test_a_card_of_ones_own_is_one_line(monkeypatch):
