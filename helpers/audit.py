@@ -247,10 +247,10 @@ def main(arguments=None) -> int:
     parser.add_argument("--against", metavar="CLEAN", help="a clean adapter to compare norms with")
     parser.add_argument("--files-only", action="store_true", help="ask the model nothing (seconds in place of minutes)")
     chosen = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an audit fetches nothing
     return command.status(run, chosen)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an audit fetches nothing
     sys.stdout.reconfigure(errors="replace")  # a pipe on Windows can't say every letter
     sys.exit(main())

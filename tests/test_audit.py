@@ -42,7 +42,8 @@ def test_a_clean_adapter_passes(clean, capsys):
     said = str(report)
     for words in ("2 plain files, none of which can run anything", "trained on the weights that are here", "8 modules (q_proj, v_proj) in layers 0–3", "No finding."):
         assert words in said
-    assert audit.main([str(clean), "--files-only"]) == 0
+    before = os.environ.get("HF_HUB_OFFLINE")  # later tests ask a Hub
+    assert audit.main([str(clean), "--files-only"]) == 0 and os.environ.get("HF_HUB_OFFLINE") == before
     assert capsys.readouterr().out.startswith("clean/: an adapter\n")
 
 
